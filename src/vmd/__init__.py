@@ -1,0 +1,1 @@
+"""vmd: Firecracker sandboxes that start before their memory has arrived."""

@@ -1,0 +1,107 @@
+"""The environment of every command, read once and checked (interfaces.md, "Environment").
+
+An unknown word for a switch, or a number that is none, is a `UsageError`: a breaker that was
+meant to be open and is not must never start silently closed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import limits
+from .errors import UsageError
+
+_WORDS = {
+    "true": True, "1": True, "yes": True, "on": True,
+    "false": False, "0": False, "no": False, "off": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One reading of the environment; every field has the meaning of its ``VMD_`` variable."""
+
+    state_dir: Path
+    run_dir: Path
+    firecracker: str | None
+    jailer: str | None
+    uffd_enabled: bool
+    prefetch_enabled: bool
+    record_seconds_max: float
+    concurrent_restores_max: int
+    prefetch_bytes_max: int
+    core: str | None
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read ``env`` (default: the process environment). Raises `UsageError`."""
+        env = os.environ if env is None else env
+        return cls(
+            state_dir=Path(env.get("VMD_STATE_DIR") or "/var/lib/vmd"),
+            run_dir=Path(env.get("VMD_RUN_DIR") or default_run_dir()),
+            firecracker=env.get("VMD_FIRECRACKER") or None,
+            jailer=env.get("VMD_JAILER") or None,
+            uffd_enabled=_switch(env, "VMD_UFFD_ENABLED", True),
+            prefetch_enabled=_switch(env, "VMD_UFFD_PREFETCH_ENABLED", True),
+            record_seconds_max=_number(env, "VMD_UFFD_RECORD_MAX_SECONDS", limits.RECORD_SECONDS_MAX),
+            concurrent_restores_max=_whole(env, "VMD_MAX_CONCURRENT_RESTORES", limits.CONCURRENT_RESTORES_MAX, least=1),
+            prefetch_bytes_max=_whole(env, "VMD_PREFETCH_MAX_BYTES", limits.PREFETCH_BYTES_MAX, least=0),
+            core=_choice(env, "VMD_CORE", ("native", "reference")),
+        )
+
+
+def default_run_dir() -> str:
+    """``/run/vmd`` where ``/run`` is a tmpfs, else ``/dev/shm/vmd`` (journals want memory)."""
+    return "/run/vmd" if _filesystem("/run") == "tmpfs" else "/dev/shm/vmd"
+
+
+def _filesystem(path: str) -> str:
+    kind = ""
+    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[1] == path:
+                kind = fields[2]
+    return kind
+
+
+def _switch(env: Mapping[str, str], name: str, default: bool) -> bool:
+    word = env.get(name)
+    if word is None:
+        return default
+    try:
+        return _WORDS[word.lower()]
+    except KeyError:
+        raise UsageError(f"{name}: expected true/1/yes/on or false/0/no/off, got {word!r}") from None
+
+
+def _number(env: Mapping[str, str], name: str, default: float) -> float:
+    word = env.get(name, "")
+    if not word:
+        return default
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{name}: expected a number of seconds above 0, got {word!r}")
+    return value
+
+
+def _whole(env: Mapping[str, str], name: str, default: int, *, least: int) -> int:
+    word = env.get(name, "")
+    if not word:
+        return default
+    if not (word.isascii() and word.isdigit() and int(word) >= least):
+        raise UsageError(f"{name}: expected a whole number of at least {least}, got {word!r}")
+    return int(word)
+
+
+def _choice(env: Mapping[str, str], name: str, words: tuple[str, ...]) -> str | None:
+    word = env.get(name, "")
+    if word and word not in words:
+        raise UsageError(f"{name}: expected {' or '.join(words)}, got {word!r}")
+    return word or None
