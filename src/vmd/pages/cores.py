@@ -1,0 +1,37 @@
+"""Which core serves: the native one where it is installed, else the reference, which says so."""
+
+from __future__ import annotations
+
+from ..errors import VmdError
+from ..settings import Settings
+from .contract import PageCore, Service
+from .handshake import Handshake
+from .source import Image
+
+
+def core_name(wanted: str | None = None) -> str:
+    """``native`` or ``reference``: ``wanted``, else ``VMD_CORE``, else native when installed.
+
+    Raises `VmdError` when native is asked for and not installed.
+    """
+    wanted = wanted or Settings.read().core
+    if wanted == "reference":
+        return wanted
+    try:
+        import vmd_core  # noqa: F401
+    except ImportError as missing:
+        if wanted == "native":
+            raise VmdError(f"core native: {missing}", hint="build it with `make develop`") from missing
+        return "reference"
+    return "native"
+
+
+def make_core(name: str, handshake: Handshake, image: Image, service: Service) -> PageCore:
+    """A core that takes over the handshake's descriptors and the image."""
+    if name == "native":
+        from .native import NativeCore
+
+        return NativeCore(handshake, image, service)
+    from .reference import ReferenceCore
+
+    return ReferenceCore(handshake, image, service)
