@@ -1,0 +1,68 @@
+/* Commands on the whole heap: `check`, `fresh`, `info`. */
+#include "micro.h"
+
+u64 text_sum_at_boot;
+
+void command_check(struct text rest)
+{
+    if (!params_parse(rest, 0, 0))
+        return;
+    struct wrong wrong = {0};
+    u64 zero_pages = 0, begin = rdtsc();
+    bool text_changed = text_sum() != text_sum_at_boot;
+    for (u64 page = 0; page < heap.pages; page++) {
+        zero_pages += !heap.versions[page];
+        page_check(page, &wrong);
+        tick();
+    }
+    u64 cycles = rdtsc() - begin;
+    reply_ok();
+    put_pair("pages", heap.pages);
+    put_pair("zero_pages", zero_pages);
+    put_pair("wrong", wrong.words + text_changed);
+    put_pair("cycles", cycles);
+    if (text_changed)
+        put(" text=changed");
+    put_wrong(&wrong);
+}
+
+void command_fresh(struct text rest)
+{
+    struct param pages = {"pages", 1, 1, 1UL << 40, 0, false};
+    if (!params_parse(rest, &pages, 1) || !param_within(&pages, 1, heap.pages - heap.written))
+        return;
+    struct wrong wrong = {0};
+    u64 begin = rdtsc();
+    for (u64 i = 0; i < pages.value; i++) {
+        page_check(heap.filled, &wrong);
+        page_write_next(heap.filled); /* which moves heap.filled on to the next page never written */
+        tick();
+    }
+    u64 cycles = rdtsc() - begin;
+    reply_ok();
+    put_pair("pages", pages.value);
+    put_pair("wrong", wrong.words);
+    put_pair("cycles", cycles);
+    put_wrong(&wrong);
+}
+
+void command_info(struct text rest)
+{
+    if (!params_parse(rest, 0, 0))
+        return;
+    reply_ok();
+    put_pair("pages", heap.pages);
+    put_pair("filled", heap.filled);
+    put_pair("written", heap.written);
+    put_pair("seed", heap.seed);
+    put_pair("version", PROTOCOL_VERSION);
+    put_pair("memory_bytes", heap.memory_bytes);
+    put_pair("tsc_khz", clock.tsc_khz);
+    put(" regions=");
+    for (u64 i = 0; i < heap.region_count; i++) {
+        put(i ? "," : "");
+        put_hex(heap.regions[i].address);
+        put_char('+');
+        put_decimal(heap.regions[i].pages);
+    }
+}
