@@ -139,8 +139,10 @@ class Ended:
 
 
 class PageCore(Protocol):
-    """Serves the faults of one VM. Made by `cores.make_core`; takes over the handshake's
-    descriptors (userfaultfd, pidfd) and the image, and closes them, last, in `join`.
+    """Serves the faults of one VM. Made by `cores.make_core`.
+
+    Takes over the handshake's descriptors (userfaultfd, pidfd, connection) and the image, and
+    closes them, last, in `join`. A pidfd of -1 means that the VMM has gone already.
     """
 
     name: Literal["native", "reference"]

@@ -79,7 +79,7 @@ class Image:
 
 
 class Extents:
-    """The data extents of an image, for lookups: is this range one that holds only zeros?"""
+    """The data extents of an image, to look up whether a range holds only zeros."""
 
     def __init__(self, extents: list[tuple[int, int]]) -> None:
         self._extents = extents
