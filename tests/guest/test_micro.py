@@ -1,6 +1,5 @@
 """The built-in guest on a real Firecracker: every command, and that it sees what is wrong with its memory."""
 
-import os
 import shutil
 import subprocess
 import time
@@ -8,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from vmm import Vmm, figures
+from tests.guest.vmm import Vmm, figures
 
 SOURCES = Path(__file__).parents[2] / "guest" / "micro"
 PAGE_BYTES = 4096
 FOUR_GIB = 1 << 32
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="no /dev/kvm on this machine: nothing can run a guest")
+pytestmark = pytest.mark.skipif(
+    not Path("/dev/kvm").exists(), reason="no /dev/kvm on this machine: nothing can run a guest"
+)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +94,10 @@ def test_ping_tag_and_line_ends(guest: Vmm) -> None:
         ("sweep order=up", "error: order: expected sequential|strided|scattered|random|zipf, came up"),
         ("sweep span=9 pages=10", "error: pages: expected 1..9, came 10"),
         ("sweep seed=1 seed=1", "error: seed: expected once, came twice"),
-        ("sweep order=zipf replace=1", "error: replace: expected with order=sequential|strided|scattered, came with zipf"),
+        (
+            "sweep order=zipf replace=1",
+            "error: replace: expected with order=sequential|strided|scattered, came with zipf",
+        ),
         ("loads pages=4097", "error: pages: expected 1..4096, came 4097"),
         ("ticks reset=2", "error: reset: expected 0..1, came 2"),
     ],
@@ -131,7 +134,9 @@ def test_orders_that_touch_each_page_once(guest: Vmm, order: str, shape: str) ->
 
 
 def test_runs(guest: Vmm) -> None:
-    ask = lambda parameters: figures(guest.ask(f"sweep pages=4000 span=20000 {parameters}"))["runs"]  # noqa: E731
+    def ask(parameters: str) -> int:
+        return figures(guest.ask(f"sweep pages=4000 span=20000 {parameters}"))["runs"]
+
     assert ask("order=sequential") == 1
     assert ask("order=strided") == 4000
     assert ask("order=strided stride=1") == 1
@@ -156,7 +161,8 @@ def test_displacing_keeps_the_pages_and_replacing_changes_some(empty: Vmm, order
     figures(empty.ask(f"{sweep} displace=200"))
     assert written(empty) == 2000
     got = figures(empty.ask(f"{sweep} displace=200 replace=25"))
-    assert got["distinct"] == 2000 and got["replaced"] > 0
+    assert got["distinct"] == 2000
+    assert got["replaced"] > 0
     assert 2350 < written(empty) < 2650
     figures(empty.ask(f"{sweep} replace=25"))
     check = figures(empty.ask("check"))
@@ -195,7 +201,8 @@ def test_fresh_passes_over_pages_that_a_sweep_wrote(empty: Vmm) -> None:
 def test_timed_loads(guest: Vmm) -> None:
     assert figures(guest.ask("load page=3"))["wrong"] == 0
     got = figures(guest.ask("loads pages=4096 start=1 stride=3"))
-    assert got["n"] == 4096 and got["wrong"] == 0
+    assert got["n"] == 4096
+    assert got["wrong"] == 0
     assert 0 < got["min"] <= got["p50"] <= got["p99"] <= got["max"]
 
 
@@ -204,7 +211,7 @@ def test_compute_takes_the_time_asked_for(guest: Vmm) -> None:
     began = time.monotonic()
     cycles = figures(guest.ask("sweep pages=100 compute=1000000"))["cycles"]
     assert 0.1 * khz * 1000 <= cycles
-    assert 0.1 <= time.monotonic() - began
+    assert time.monotonic() - began >= 0.1
 
 
 def test_a_pause_is_a_gap_and_a_long_command_is_not(guest: Vmm) -> None:
@@ -229,7 +236,9 @@ def test_restored_guest_finds_everything_right(template: tuple[Path, Path, int],
 
 
 @pytest.mark.parametrize(("page", "byte"), [(1000, 2051), (-1, 8)], ids=["data", "zeros"])
-def test_one_flipped_byte_is_one_wrong_word(template: tuple[Path, Path, int], tmp_path: Path, page: int, byte: int) -> None:
+def test_one_flipped_byte_is_one_wrong_word(
+    template: tuple[Path, Path, int], tmp_path: Path, page: int, byte: int
+) -> None:
     state, memory, heap = template
     damaged = tmp_path / "memory"
     shutil.copyfile(memory, damaged)
@@ -247,7 +256,8 @@ def test_one_flipped_byte_is_one_wrong_word(template: tuple[Path, Path, int], tm
     damaged.unlink()
     assert (got["wrong"], got["first_page"], got["first_word"]) == (1, number, byte // 8)
     assert got["got"] ^ got["want"] == 0xFF << byte % 8 * 8
-    assert swept["wrong"] == 1 and swept["got"] == got["got"]
+    assert swept["wrong"] == 1
+    assert swept["got"] == got["got"]
 
 
 def test_a_changed_program_is_seen(template: tuple[Path, Path, int], kernel: Path, tmp_path: Path) -> None:
@@ -261,7 +271,8 @@ def test_a_changed_program_is_seen(template: tuple[Path, Path, int], kernel: Pat
         vmm.load(state, damaged)
         answer = vmm.ask("check")
     damaged.unlink()
-    assert " wrong=1 " in answer and answer.endswith(" text=changed")
+    assert " wrong=1 " in answer
+    assert answer.endswith(" text=changed")
 
 
 def test_memory_on_both_sides_of_the_gap(kernel: Path, tmp_path: Path) -> None:

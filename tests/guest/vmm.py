@@ -38,7 +38,11 @@ class Vmm:
         api = directory / "api.sock"
         self.process = subprocess.Popen(
             [firecracker(), "--api-sock", str(api), "--level", "Error"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=directory,
         )
         self._api = _Api(api)
         self._wait_for_api()
@@ -60,6 +64,7 @@ class Vmm:
             try:
                 return self._api.connect()
             except OSError:
+                self._api.close()
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.__exit__()
                     raise
