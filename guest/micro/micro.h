@@ -174,7 +174,7 @@ struct order {
     u64 runs; /* of the undisplaced order; set by order_prepare, like all below */
     u64 last_length;
     u64 slots, window_runs, window;
-    u64 replaced, spare;
+    u64 replaced, spare, spares_tried;
     struct permutation place, again, within, spares;
 };
 void order_prepare(struct order *order);

@@ -137,7 +137,7 @@ void order_prepare(struct order *order)
     count_runs(order);
     order->window = U64_MAX;
     order->window_runs = order->displace ? window_runs(order) : 0;
-    order->replaced = 0;
+    order->replaced = order->spares_tried = 0;
     order->spare = places > order->runs ? places - order->runs : 0;
     permutation_init(&order->spares, order->spare, order->seed2 + SPARE);
 }
@@ -154,10 +154,11 @@ static u64 displaced(struct order *order, u64 position)
     return base + permute(&order->within, position - base);
 }
 
-/* A run of the same length at a place that the plain order would have come to only later. */
+/* A run of the same length at a place that the plain order would have come to only later. The last slot of the span may be
+ * too short for it: then the run stays as it is. */
 static struct run replaced(struct order *order, struct run run)
 {
-    struct run other = plain_run(order, order->runs + permute(&order->spares, order->replaced));
+    struct run other = plain_run(order, order->runs + permute(&order->spares, order->spares_tried++));
     if (order->kind != STRIDED) {
         u64 slot = other.first / SLOT_PAGES, room = slot_pages(order, slot);
         if (room < run.length)
@@ -174,7 +175,7 @@ struct run order_run(struct order *order, u64 position)
     struct run run = plain_run(order, index);
     if (index == order->runs - 1)
         run.length = order->last_length;
-    if (run.length && order->replaced < order->spare && percent_hit(order->seed2 + REPLACE, index, order->replace))
+    if (run.length && order->spares_tried < order->spare && percent_hit(order->seed2 + REPLACE, index, order->replace))
         return replaced(order, run);
     return run;
 }

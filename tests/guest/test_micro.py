@@ -155,7 +155,7 @@ def test_random_and_zipf_repeat_themselves(guest: Vmm) -> None:
 
 @pytest.mark.parametrize("order", ["sequential", "strided", "scattered"])
 def test_displacing_keeps_the_pages_and_replacing_changes_some(empty: Vmm, order: str) -> None:
-    sweep = f"sweep order={order} pages=2000 span=16000 write=100"
+    sweep = f"sweep order={order} pages=2000 span=16001 write=100"
     figures(empty.ask(sweep))
     assert written(empty) == 2000
     figures(empty.ask(f"{sweep} displace=200"))
@@ -233,6 +233,22 @@ def test_restored_guest_finds_everything_right(template: tuple[Path, Path, int],
         assert vmm.ask("#r ping".ljust(255)) == "#r pong"
         assert figures(vmm.ask("sweep write=30"))["wrong"] == 0
         assert figures(vmm.ask("check"))["wrong"] == 0
+
+
+def test_a_sweep_goes_on_where_the_snapshot_caught_it(kernel: Path, tmp_path: Path) -> None:
+    with Vmm(tmp_path / "first") as vmm:
+        vmm.boot(kernel, 128)
+        vmm.send(b"#half sweep pages=20000 order=random write=50 compute=20000\n")
+        time.sleep(0.1)
+        state, memory = vmm.snapshot()
+    with Vmm(tmp_path / "second") as vmm:
+        vmm.load(state, memory)
+        answer = vmm.line()
+        check = figures(vmm.ask("check"))
+    memory.unlink()
+    assert answer.startswith("#half ok pages=20000 ")
+    assert " wrong=0 " in answer
+    assert check["wrong"] == 0
 
 
 @pytest.mark.parametrize(("page", "byte"), [(1000, 2051), (-1, 8)], ids=["data", "zeros"])
