@@ -1,0 +1,187 @@
+//! The filler: installs a plan's runs beside the demand faults.
+//!
+//! One reader takes the runs' contents from the image into staging buffers, one installer puts
+//! them into the guest. Demand goes first: the installer enters the gate piece by piece, and
+//! stays out while a demand fault is being served.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
+
+use crate::plan::Run;
+use crate::staging::{self, Buffer};
+use crate::states::State;
+use crate::stats::add;
+use crate::uffd::Outcome;
+use crate::vm::Vm;
+
+/// One buffer is read while another is installed; more only smooth out.
+const BUFFERS: usize = 4;
+/// The first bytes must arrive early; later on, fewer and larger hand-overs cost less.
+const FIRST_CHUNK: usize = 32 << 10;
+/// Most bytes that one entry of the gate installs: what a demand fault may have to wait for.
+const PIECE: usize = 64 << 10;
+/// A refused install (a REMOVE is pending) is retried this often, this far apart; then the page
+/// is left to demand.
+const REFUSED_TRIES: u32 = 50;
+const REFUSED_WAIT: Duration = Duration::from_micros(200);
+
+/// Runs with the place of their bytes in the buffer (holes have none).
+struct Chunk {
+    buffer: Buffer,
+    runs: Vec<(Run, usize)>,
+}
+
+/// Install all runs. `counter` counts the pages of data. True when the plan came to its end.
+pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> std::io::Result<bool> {
+    let (give, empty) = channel();
+    for _ in 0..BUFFERS {
+        give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
+    }
+    std::thread::scope(|scope| {
+        let (full, take) = sync_channel(BUFFERS);
+        let reader = move || (vm.stats().cpu.measure(|| read(vm, runs, &empty, &full)), empty);
+        let reader =
+            std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10).spawn_scoped(scope, reader)?;
+        let installed = install_all(vm, &take, give, counter);
+        drop(take);
+        let (read, unused) = reader.join().expect("the reader does not panic");
+        unused.try_iter().for_each(Buffer::give_back);
+        Ok(installed && read)
+    })
+}
+
+/// Most pages in one run of data: what fits a buffer.
+pub fn data_run_max(vm: &Vm) -> usize {
+    (staging::SIZE / vm.regions.page_size as usize).max(1)
+}
+
+// ---- the reader ----------------------------------------------------------------------------
+
+fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full: &SyncSender<Chunk>) -> bool {
+    let Ok(mut buffer) = empty.recv() else { return false };
+    let mut target = FIRST_CHUNK;
+    let (mut filled, mut taken) = (0, Vec::new());
+    for run in runs {
+        let bytes = if run.hole { 0 } else { run.pages.len() * vm.regions.page_size as usize };
+        if filled + bytes > buffer.bytes().len() || filled >= target {
+            if full.send(Chunk { buffer, runs: std::mem::take(&mut taken) }).is_err() {
+                return false;
+            }
+            let Ok(next) = empty.recv() else { return false };
+            buffer = next;
+            (filled, target) = (0, (target * 2).min(staging::SIZE));
+        }
+        if vm.is_ending() {
+            return false;
+        }
+        if run.pages.clone().all(|page| vm.states.get(page) != State::Absent) {
+            continue; // demand was faster
+        }
+        let offset = vm.regions.offset(run.pages.start);
+        // A page that cannot be read is left to demand, which names and poisons it.
+        if run.hole || vm.image.read(&mut buffer.bytes()[filled..filled + bytes], offset).is_ok() {
+            taken.push((run, filled));
+            filled += bytes;
+        }
+    }
+    full.send(Chunk { buffer, runs: taken }).is_ok()
+}
+
+// ---- the installer -------------------------------------------------------------------------
+
+fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: &AtomicU64) -> bool {
+    let mut whole = true;
+    for mut chunk in full {
+        let bytes = chunk.buffer.bytes();
+        whole = chunk.runs.drain(..).all(|(run, at)| install_run(vm, run, &bytes[at..], counter));
+        if !whole {
+            break;
+        }
+        if let Err(unsent) = give.send(chunk.buffer) {
+            unsent.0.give_back(); // the reader has come to the end
+        }
+    }
+    whole
+}
+
+/// Install the absent pages of a run. False: the filler must end.
+fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64) -> bool {
+    let page_size = vm.regions.page_size as usize;
+    let mut piece_max = if run.hole { vm.zero_run_max() } else { (PIECE / page_size).max(1) };
+    let counter = if run.hole { &vm.stats().counters.zero } else { counter };
+    let mut at = run.pages.start;
+    let mut refused = 0;
+    while at < run.pages.end {
+        if vm.is_ending() {
+            return false;
+        }
+        let limit = run.pages.end.min(at + piece_max);
+        let gate = vm.gate.enter_behind_demand();
+        let piece = absent_run(vm, at..limit);
+        if piece.is_empty() {
+            at = limit;
+            continue;
+        }
+        let from = (piece.start - run.pages.start) * page_size;
+        let outcome = match run.hole {
+            true => vm.zero(piece.start, piece.len()),
+            false => vm.uffd.copy(vm.regions.address(piece.start), &bytes[from..from + piece.len() * page_size]),
+        };
+        let done = note(vm, &piece, outcome, counter);
+        drop(gate);
+        match outcome {
+            Outcome::Done | Outcome::Partial(_) => refused = 0,
+            Outcome::Present => {}
+            Outcome::Edge => piece_max = 1, // part of it is not registered (any more): page by page
+            Outcome::Later if refused < REFUSED_TRIES => {
+                refused += 1;
+                std::thread::sleep(REFUSED_WAIT);
+            }
+            Outcome::Later => {
+                at = piece.end;
+                refused = 0;
+                continue;
+            }
+            Outcome::Gone => return false,
+            Outcome::Fatal(errno) => {
+                let why = std::io::Error::from_raw_os_error(errno);
+                vm.warn(format!("replay or prefetch ends, demand goes on: install: {why}"));
+                return false;
+            }
+        }
+        at = piece.start + done;
+    }
+    true
+}
+
+/// The first run of absent pages in `pages`; empty when there is none.
+fn absent_run(vm: &Vm, mut pages: Range<usize>) -> Range<usize> {
+    let absent = |page: &usize| vm.states.get(*page) == State::Absent;
+    let end = pages.end;
+    let start = pages.find(absent).unwrap_or(end);
+    start..(start..end).find(|page| !absent(page)).unwrap_or(end)
+}
+
+/// Note what an install did, still behind the gate; returns how many pages to go on by.
+fn note(vm: &Vm, piece: &Range<usize>, outcome: Outcome, counter: &AtomicU64) -> usize {
+    let done = match outcome {
+        Outcome::Done => piece.len(),
+        Outcome::Partial(bytes) => (bytes / vm.regions.page_size) as usize,
+        Outcome::Present => {
+            // Demand installed it between our look and our call; its waiters must be woken.
+            add(&vm.stats().counters.present, 1);
+            vm.states.set(piece.start, State::Installed);
+            vm.uffd.wake(vm.regions.address(piece.start), vm.regions.page_size);
+            return 1;
+        }
+        Outcome::Edge if piece.len() == 1 => return 1,
+        Outcome::Edge | Outcome::Later | Outcome::Gone | Outcome::Fatal(_) => return 0,
+    };
+    for page in piece.start..piece.start + done {
+        vm.states.set(page, State::Installed);
+    }
+    add(counter, done as u64);
+    done
+}

@@ -1,0 +1,70 @@
+//! The memory file. Read with pread only: a bad sector under a mapping would be a SIGBUS.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+/// An open memory file and the byte ranges of it that hold data; the rest are holes: known zeros.
+pub struct Image {
+    file: File,
+    extents: Vec<(u64, u64)>,
+}
+
+impl Image {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let file = File::from(fd);
+        let extents = data_extents(&file)?;
+        Ok(Self { file, extents })
+    }
+
+    /// Fill `buffer` from `offset`. A file that ends inside is an error like a bad sector.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    /// Whether no byte of the range is in a data extent.
+    pub fn is_hole(&self, offset: u64, len: u64) -> bool {
+        let next = self.extents.partition_point(|&(_, end)| end <= offset);
+        self.extents.get(next).is_none_or(|&(start, _)| start >= offset + len)
+    }
+}
+
+/// lseek(2) SEEK_DATA and SEEK_HOLE; a file system without holes reports one extent.
+fn data_extents(file: &File) -> io::Result<Vec<(u64, u64)>> {
+    let size = file.metadata()?.len();
+    let mut extents = Vec::new();
+    let mut position = 0;
+    while position < size {
+        let start = match seek(file, position, libc::SEEK_DATA) {
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break, // only a hole is left
+            other => other?,
+        };
+        position = seek(file, start, libc::SEEK_HOLE)?;
+        extents.push((start, position));
+    }
+    Ok(extents)
+}
+
+fn seek(file: &File, position: u64, whence: i32) -> io::Result<u64> {
+    // SAFETY: lseek touches no memory.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), position as libc::off_t, whence) };
+    if found < 0 { Err(io::Error::last_os_error()) } else { Ok(found as u64) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_what_no_extent_touches() {
+        let file = File::open("/dev/null").unwrap();
+        let image = Image { file, extents: vec![(4096, 8192), (16384, 20480)] };
+        assert!(image.is_hole(0, 4096));
+        assert!(!image.is_hole(0, 4097));
+        assert!(!image.is_hole(4096, 4096));
+        assert!(image.is_hole(8192, 8192));
+        assert!(!image.is_hole(8192, 8193));
+        assert!(image.is_hole(20480, 1 << 20));
+    }
+}

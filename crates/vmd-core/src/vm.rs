@@ -1,0 +1,176 @@
+//! One VM: what its threads share, and the gate between them.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use crate::image::Image;
+use crate::regions::Regions;
+use crate::states::States;
+use crate::stats::Stats;
+use crate::uffd::{Outcome, Uffd};
+
+/// The zero source of 2 MiB pages, which know no ZEROPAGE (EINVAL on hugetlbfs).
+static ZEROS: [u8; HUGE_PAGE] = [0; HUGE_PAGE];
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Bounds that Python decides (`vmd.limits`).
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// A fault that waits longer fails the VM.
+    pub fault_unserved: Duration,
+    /// Reads of a page before it counts as lost.
+    pub image_read_tries: u32,
+    /// The sequential fallback ends below this share of available memory, percent.
+    pub memory_floor_percent: u64,
+}
+
+/// What the threads of one VM share. Dropped, and with it the descriptors closed, when the last
+/// of them has ended.
+pub struct Vm {
+    pub uffd: Uffd,
+    pub image: Image,
+    pub regions: Regions,
+    pub states: States,
+    pub gate: Gate,
+    pub process: Process,
+    pub limits: Limits,
+    pub ending: AtomicBool,
+    pub outside: Arc<Outside>,
+}
+
+/// The part of a VM that its owner reads, and that stays readable after the end.
+pub struct Outside {
+    pub stats: Stats,
+    pub warnings: Mutex<Vec<String>>,
+    pub touched: Mutex<Vec<u64>>,
+    pub stop: EventFd,
+    pub ended: EventFd,
+}
+
+impl Vm {
+    pub fn stats(&self) -> &Stats {
+        &self.outside.stats
+    }
+
+    pub fn warn(&self, line: String) {
+        self.outside.warnings.lock().unwrap().push(line);
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    pub fn is_hole(&self, page: usize) -> bool {
+        self.image.is_hole(self.regions.offset(page), self.regions.page_size)
+    }
+
+    /// Fill a run of pages with zeros.
+    pub fn zero(&self, page: usize, pages: usize) -> Outcome {
+        let address = self.regions.address(page);
+        if self.regions.page_size as usize == HUGE_PAGE {
+            return self.uffd.copy(address, &ZEROS);
+        }
+        self.uffd.zero(address, pages as u64 * self.regions.page_size)
+    }
+
+    /// The most pages that one call of `zero` takes: larger runs hold the gate for too long.
+    pub fn zero_run_max(&self) -> usize {
+        if self.regions.page_size as usize == HUGE_PAGE { 1 } else { 512 }
+    }
+}
+
+/// Keeps the filler's check of a page's state and its install in one piece against REMOVE.
+///
+/// The fault thread holds the gate from before it reads messages until it has applied them, and
+/// the filler around check, install and note. So no REMOVE is *read* between the filler's check
+/// and its note; and before it is read, the kernel answers installs with EAGAIN. Without this a
+/// page could be removed and then filled with stale bytes, with return code 0.
+///
+/// Neither side waits for the kernel while holding it: installs fail rather than wait for a
+/// pending REMOVE, and reads do not block.
+#[derive(Default)]
+pub struct Gate {
+    lock: Mutex<()>,
+    demand: AtomicBool,
+}
+
+impl Gate {
+    /// Fault thread: enter ahead of the filler, which stays out until `demand_served`.
+    pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
+        self.demand.store(true, Ordering::Release);
+        self.lock.lock().unwrap()
+    }
+
+    /// Fault thread: the turn is over.
+    pub fn demand_served(&self) {
+        self.demand.store(false, Ordering::Release);
+    }
+
+    /// Filler: enter when no demand fault is being served.
+    pub fn enter_behind_demand(&self) -> MutexGuard<'_, ()> {
+        loop {
+            while self.demand.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            let guard = self.lock.lock().unwrap();
+            if !self.demand.load(Ordering::Acquire) {
+                return guard;
+            }
+        }
+    }
+}
+
+/// The VMM's process, known by its pidfd only. None: it had gone before a pidfd could be had.
+pub struct Process(pub Option<OwnedFd>);
+
+impl Process {
+    pub fn raw(&self) -> RawFd {
+        self.0.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    /// Wait at most this long for its exit.
+    pub fn exited_within(&self, wait: Duration) -> bool {
+        if self.0.is_none() {
+            return true;
+        }
+        let mut fd = libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        unsafe { libc::poll(&raw mut fd, 1, wait.as_millis() as i32) == 1 }
+    }
+
+    /// SIGKILL; only SIGKILL ends a VMM that waits for a page.
+    pub fn kill(&self) {
+        // SAFETY: no memory is passed. A failure means that the process has gone already.
+        unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.raw(), libc::SIGKILL, std::ptr::null::<libc::c_void>(), 0)
+        };
+    }
+}
+
+/// An eventfd that is either clear or set.
+pub struct EventFd(OwnedFd);
+
+impl EventFd {
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no memory is passed; the new descriptor is owned here and nowhere else.
+        unsafe {
+            match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
+                -1 => Err(io::Error::last_os_error()),
+                fd => Ok(Self(OwnedFd::from_raw_fd(fd))),
+            }
+        }
+    }
+
+    pub fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    pub fn set(&self) {
+        let one = 1u64;
+        // SAFETY: writes eight bytes from a valid place. It can only fail when it is set already.
+        unsafe { libc::write(self.raw(), (&raw const one).cast(), 8) };
+    }
+}
