@@ -1,0 +1,484 @@
+"""Stage 4: thaw. The only long story, told in short steps.
+
+A restore takes a slot among the concurrent ones, makes the run directory, lets the page server
+listen, spawns the VMM, loads the snapshot while the handshake goes on beside it, lets the guest run
+and asks it whether it is there. `Step` is that list, and the seam ``at`` is called after each of
+them, so that a test can fail or cancel a restore anywhere. Whatever ends it, a failure or the
+caller's cancellation, all that was made is undone before the caller hears of it: the VMM is killed,
+then the page server goes, then the directory with its sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import re
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+from . import limits
+from .errors import BackendUnavailable, HandshakeRefused, PagesFailed, RestoreFailed, VmdError, VmmError
+from .pages.contract import Beside, Ended, Service
+from .pages.server import serve_pages
+from .recording import Recording, offsets_for, read_access_log, refusal
+from .settings import Settings
+from .snapshot import Snapshot
+from .store import Owned, Registry
+from .vmm.process import find_firecracker, log_tail
+from .vmm.vmm import Vmm
+
+T = TypeVar("T")
+Backend = Literal["uffd", "file"]
+
+PAGES_SOCKET = "pages.sock"
+"""The page server's socket in a sandbox's run directory."""
+
+READY_ASK, READY_ANSWER = "ping", "pong"
+"""How the built-in guest says that it is there."""
+
+# Firecracker takes letters, digits and hyphens, 64 at most, for an id that only its log shows.
+_VMM_ID_CHARS_MAX = 64
+
+
+class Step(enum.StrEnum):
+    """The steps of a restore, in order, each by the words that an error's text has for it.
+
+    LISTEN and HANDSHAKE are passed over under the File backend, RESUME and READY when the caller
+    wants to resume by itself.
+    """
+
+    SLOT = "wait for a slot"
+    DIRECTORY = "make the run directory"
+    LISTEN = "start the page server"
+    SPAWN = "spawn the VMM"
+    LOAD = "load snapshot"
+    HANDSHAKE = "handshake"
+    RESUME = "resume"
+    READY = "wait until the guest answers"
+
+
+STEPS = tuple(Step)
+
+Seam = Callable[[Step], Awaitable[None]]
+
+
+async def _no_seam(step: Step) -> None:
+    """Nothing happens between the steps outside of tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to restore.
+
+    ``name``: of the template, for texts. ``access_log``: the recording that replay follows; it need
+    not exist. ``record``: log the demand faults instead. ``detached``: the sandbox outlives this
+    process, with a page server process of its own; else both end with it.
+    """
+
+    sandbox_id: str
+    name: str
+    snapshot: Snapshot
+    backend: Literal["auto", "uffd", "file"] = "auto"
+    access_log: Path | None = None
+    record: bool = False
+    detached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend, and the sentence that says why this one."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(asked: str, settings: Settings, page_size: int) -> Choice:
+    """Which memory backend serves a snapshot of ``page_size`` (bytes). Raises `BackendUnavailable`.
+
+    The one place where VMD_UFFD_ENABLED acts.
+    """
+    huge = page_size > 4096
+    if asked == "file" and huge:
+        raise BackendUnavailable(
+            "backend file: Firecracker loads 2 MiB pages through userfaultfd only", hint="use --backend uffd"
+        )
+    if asked == "file":
+        return Choice("file", "asked for")
+    if settings.uffd_enabled:
+        return Choice("uffd", "asked for" if asked == "uffd" else "userfaultfd is in service")
+    hint = "set VMD_UFFD_ENABLED=true to close the breaker"
+    if huge:
+        raise BackendUnavailable("2 MiB pages need userfaultfd, and VMD_UFFD_ENABLED=false", hint=hint)
+    if asked == "uffd":
+        raise BackendUnavailable("backend uffd: VMD_UFFD_ENABLED=false", hint=f"{hint}, or use --backend auto")
+    return Choice("file", "breaker open: VMD_UFFD_ENABLED=false")
+
+
+def plan_service(request: Request, settings: Settings, warn: Callable[[str], None]) -> Service:
+    """What the page server does beside demand faults for this request.
+
+    Recorded order where there is a recording of this snapshot; the sequential fallback where there
+    is none; demand only where one is refused (one warning), and under VMD_UFFD_PREFETCH_ENABLED=false.
+    """
+    if request.record:
+        return Service(Beside.RECORD)
+    if not settings.prefetch_enabled:
+        return Service(Beside.NOTHING)
+    log = request.access_log
+    if log is None or not log.exists():
+        return Service(Beside.SEQUENTIAL, prefetch_bytes_max=settings.prefetch_bytes_max)
+    try:
+        recording = _read_recording(log, request.snapshot.memory_bytes, *_identity(log))
+        refused = refusal(recording, snapshot=request.snapshot.snapshot_id, memory=None)
+    except (VmdError, OSError) as failure:
+        refused = _words(failure)
+    if refused is not None:
+        warn(f"recording {log}: {refused}; restoring without it")
+        return Service(Beside.NOTHING, refused=refused)
+    if recording.skipped:
+        warn(f"recording {log}: {recording.skipped} bad lines skipped")
+    offsets = offsets_for(recording, request.snapshot.page_size)
+    return Service(Beside.REPLAY, offsets=offsets, skipped=recording.skipped)
+
+
+@lru_cache(maxsize=32)
+def _read_recording(log: Path, memory_bytes: int, *_file: int) -> Recording:
+    # A log never changes in place, so parsing it once for each version of the file is enough.
+    return read_access_log(log, memory_bytes)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+async def restore(
+    request: Request,
+    settings: Settings,
+    *,
+    resume: bool = True,
+    warn: Callable[[str], None] = lambda line: None,
+    at: Seam = _no_seam,
+) -> Restored:
+    """Thaw ``request.snapshot`` under ``VMD_RUN_DIR/<sandbox_id>/`` and return it, answering.
+
+    ``resume=False`` returns it loaded and still paused: call `Restored.resume` and `Restored.ready`.
+    Raises `SnapshotError` and `BackendUnavailable` before anything is made, later `RestoreFailed`; then, as
+    after a cancellation, nothing is left.
+    """
+    firecracker = Path(find_firecracker(settings))
+    choice = choose_backend(request.backend, settings, request.snapshot.page_size)
+    with _named(f"restore sandbox {request.sandbox_id}: check snapshot {request.name}"):
+        request.snapshot.check()
+        request.snapshot.require_format(firecracker)
+    restored = Restored(request, settings, choice, warn, at)
+    try:
+        async with _slots(settings):
+            await at(Step.SLOT)
+            await restored._thaw(firecracker, resume)
+    except BaseException as failure:
+        await _undo(restored, failure)
+        if isinstance(failure, VmdError):
+            raise RestoreFailed(f"restore sandbox {request.sandbox_id}: {failure}", hint=failure.hint) from failure
+        raise
+    return restored
+
+
+class Serving(Protocol):
+    """What a restore needs of a page server, in this process or in one of its own."""
+
+    handshaken: Future[int]
+    ended: Future[Ended]
+
+    def stats(self) -> dict[str, Any]:
+        """The object of ``--stats`` (interfaces.md)."""
+        ...
+
+    def stop(self) -> None:
+        """Ask it to end."""
+
+    def close(self) -> Ended:
+        """Wait for the end; free everything."""
+        ...
+
+
+class Restored:
+    """A thawed VM: owns the VMM, the page server and the run directory until `close` or `forget`.
+
+    ``timings_ms`` has ``spawn``, ``handshake`` and ``load`` (both since the load began), ``resume``, ``ready``
+    (the guest's first answer, since it ran) and ``total``; what did not happen is 0.
+    """
+
+    def __init__(
+        self, request: Request, settings: Settings, choice: Choice, warn: Callable[[str], None], at: Seam
+    ) -> None:
+        self.request = request
+        self.backend: Backend = choice.backend
+        self.backend_reason = choice.reason
+        self.timings_ms = dict.fromkeys(("spawn", "handshake", "load", "resume", "ready", "total"), 0.0)
+        self.pages: Serving | None = None
+        self._settings = settings
+        self._warn = warn
+        self._at = at
+        self._owned: Owned | None = None
+        self._vmm: Vmm | None = None
+        self._ended: asyncio.Future[Any] | None = None
+        self._handshaken: asyncio.Future[int] | None = None
+        self._began = time.monotonic()
+
+    @property
+    def vmm(self) -> Vmm:
+        """The VMM that runs it."""
+        assert self._vmm is not None
+        return self._vmm
+
+    @property
+    def directory(self) -> Path:
+        """The run directory: sockets, FIFOs, the VMM's log."""
+        assert self._owned is not None
+        return self._owned.path
+
+    async def resume(self) -> None:
+        """Let the guest run. Raises `VmdError`; the caller closes."""
+        with _named(Step.RESUME), self._timed("resume"):
+            await self._while_alive(self.vmm.resume())
+        await self._at(Step.RESUME)
+
+    async def ready(self) -> None:
+        """Wait until the guest answers. Raises `VmdError`; the caller closes."""
+        with _named(Step.READY), self._timed("ready"):
+            answer = await self._while_alive(self.vmm.console.ask(READY_ASK, limits.GUEST_READY_SECONDS))
+            if answer != READY_ANSWER:
+                raise VmmError(f"the guest answered {answer[:80]!r} to {READY_ASK}")
+        self.timings_ms["total"] = _ms_since(self._began)
+        await self._at(Step.READY)
+
+    async def ask(self, line: str, seconds: float) -> str:
+        """One command line to the guest; its answer. Ends at once when VMM or page server does.
+
+        Raises `VmmError`, `PagesFailed`, `TimedOut`, `UsageError`.
+        """
+        return await self._while_alive(self.vmm.console.ask(line, seconds))
+
+    async def close(self) -> None:
+        """Kill the VMM, end the page server, remove the directory: each even when one before it failed.
+
+        Idempotent; run it through `finish` where the caller may be cancelled.
+        """
+        async with contextlib.AsyncExitStack() as undo:
+            if self._owned is not None:
+                undo.callback(self._owned.discard)
+            if self.pages is not None:
+                undo.push_async_callback(self._close_pages, self.pages)
+            if self._vmm is not None:
+                undo.push_async_callback(self._vmm.kill)
+        if self._handshaken is not None and self._handshaken.done() and not self._handshaken.cancelled():
+            self._handshaken.exception()  # seen: asyncio need not complain of it
+
+    def forget(self) -> None:
+        """Leave VMM and page server running and drop what this process holds of them."""
+        if self.pages is not None:
+            self.pages.forget()  # type: ignore[attr-defined]
+        self.vmm.close()
+        assert self._owned is not None
+        self._owned.disown()
+
+    async def _thaw(self, firecracker: Path, resume: bool) -> None:
+        self._began = time.monotonic()
+        await self._make_directory()
+        if self.backend == "uffd":
+            await self._listen()
+        await self._spawn(firecracker)
+        await self._load()
+        if resume:
+            await self.resume()
+            await self.ready()
+
+    async def _make_directory(self) -> None:
+        registry = Registry(self._settings.run_dir)
+        with _named(Step.DIRECTORY), registry.locked():
+            self._owned = registry.own(self.request.sandbox_id)
+        await self._at(Step.DIRECTORY)
+
+    async def _listen(self) -> None:
+        with _named(Step.LISTEN):
+            service = plan_service(self.request, self._settings, self._warn)
+            self.pages = await self._start_pages(service)
+            self._handshaken = asyncio.wrap_future(self.pages.handshaken)
+            self._ended = asyncio.wrap_future(self.pages.ended)
+        await self._at(Step.LISTEN)
+
+    async def _start_pages(self, service: Service) -> Serving:
+        snapshot = self.request.snapshot
+        return serve_pages(
+            self.directory / PAGES_SOCKET,
+            snapshot.memory,
+            lambda page_size: service,
+            core=self._settings.core,
+            retry=False,
+            warn=self._warn,
+        )
+
+    async def _close_pages(self, pages: Serving) -> None:
+        pages.stop()
+        if self._ended is not None:
+            await asyncio.wait([self._ended])
+        pages.close()
+
+    async def _spawn(self, firecracker: Path) -> None:
+        with _named(Step.SPAWN), self._timed("spawn"):
+            self._vmm = await Vmm.spawn(
+                str(firecracker),
+                self.directory,
+                _vmm_id(self.request.sandbox_id),
+                dies_with_parent=not self.request.detached,
+            )
+        await self._at(Step.SPAWN)
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        if self._handshaken is None:
+            await self._while_alive(self._load_snapshot(began))
+        else:
+            await self._while_alive(_both(self._load_snapshot(began), self._shake_hands(began)))
+        await self._at(Step.LOAD)
+        if self._handshaken is not None:
+            await self._at(Step.HANDSHAKE)
+
+    async def _load_snapshot(self, began: float) -> None:
+        snapshot = self.request.snapshot
+        path = PAGES_SOCKET if self.backend == "uffd" else str(snapshot.memory)
+        with _named(f"{Step.LOAD} {self.request.name}"):
+            await self.vmm.load(
+                snapshot.vmstate,
+                backend="Uffd" if self.backend == "uffd" else "File",
+                backend_path=path,
+                resume=False,
+            )
+        self.timings_ms["load"] = _ms_since(began)
+
+    async def _shake_hands(self, began: float) -> None:
+        assert self._handshaken is not None
+        await asyncio.wait([self._handshaken])
+        self._judge_handshake()
+        self.timings_ms["handshake"] = _ms_since(began)
+
+    def _judge_handshake(self) -> None:
+        """Raise the handshake's own failure where it has one; it says more than what follows from it."""
+        with _named(Step.HANDSHAKE):
+            if self._handshaken is None or not self._handshaken.done():
+                return
+            if self._handshaken.cancelled():
+                raise PagesFailed("the page server was stopped")
+            pid = self._handshaken.result()
+            if pid != self.vmm.pid:
+                raise HandshakeRefused(f"process {pid} connected, not the VMM {self.vmm.pid}")
+
+    async def _while_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``; cut short, with the reason, when VMM or page server ends before it."""
+        task = asyncio.ensure_future(work)
+        exited = asyncio.ensure_future(self.vmm.exited())
+        watched = {task, exited} if self._ended is None else {task, exited, self._ended}
+        try:
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._judge_handshake()
+                raise self._death()
+        finally:
+            await _cancel(task, exited)
+        return task.result()
+
+    def _death(self) -> VmdError:
+        ended = self._ended.result() if self._ended is not None and self._ended.done() else None
+        if ended is not None and ended.error is not None:
+            return PagesFailed(f"page server: {ended.error}")
+        if not self.vmm.alive():
+            log = log_tail(self.vmm.directory)
+            return VmmError("the VMM has exited" + (f"; its log ends: {log}" if log else ""))
+        return PagesFailed("the page server has ended")
+
+    @contextlib.contextmanager
+    def _timed(self, key: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.timings_ms[key] = _ms_since(began)
+
+
+async def _undo(restored: Restored, failure: BaseException) -> None:
+    try:
+        await finish(restored.close())
+    except VmdError as left:  # the failure that led here is what the caller must hear of
+        failure.add_note(f"undo: {left}")
+
+
+async def finish(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` to its end whatever happens to the caller; a cancellation is passed on afterwards."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as word:
+            cancelled = word
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+async def _both(*works: Coroutine[Any, Any, None]) -> None:
+    """Wait for all; the first failure, or the caller's cancellation, ends the others at once."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in reversed(tasks):
+            if task.done():
+                task.result()
+    finally:
+        await _cancel(*tasks)
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_slots_of: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Semaphore]] = WeakKeyDictionary()
+
+
+def _slots(settings: Settings) -> asyncio.Semaphore:
+    """The slots of this process for concurrent restores, VMD_MAX_CONCURRENT_RESTORES of them."""
+    bound = settings.concurrent_restores_max
+    return _slots_of.setdefault(asyncio.get_running_loop(), {}).setdefault(bound, asyncio.Semaphore(bound))
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Put intent before the words of a failure; its class stays, because callers act by it."""
+    try:
+        yield
+    except VmdError as failure:
+        raise type(failure)(f"{what}: {failure}", hint=failure.hint) from failure
+    except OSError as failure:
+        raise VmdError(f"{what}: {_words(failure)}") from failure
+
+
+def _words(failure: Exception) -> str:
+    if isinstance(failure, OSError) and failure.strerror:
+        return f"{failure.filename}: {failure.strerror}" if failure.filename else failure.strerror
+    return str(failure)
+
+
+def _ms_since(began: float) -> float:
+    return round((time.monotonic() - began) * 1000, 3)
+
+
+def _vmm_id(sandbox_id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", sandbox_id)[:_VMM_ID_CHARS_MAX]
