@@ -20,10 +20,11 @@ class Vmm:
     that. Errors are `VmmError` and `TimedOut`; every wait ends at once when the VMM dies.
     """
 
-    def __init__(self, pid: int, start_time: int, pidfd: int, directory: Path) -> None:
-        self.pid = pid
-        self.start_time = start_time
-        self.pidfd = pidfd
+    def __init__(self, started: process.Started, directory: Path) -> None:
+        self.pid = started.pid
+        self.start_time = started.start_time
+        self.pidfd = started.pidfd
+        self._log = started.log
         self.directory = directory
         self.console = Console(directory, self.alive)
         self.api = Api(directory / process.API_SOCKET)
@@ -39,7 +40,7 @@ class Vmm:
         vmm = None
         try:
             started = process.start(firecracker, directory, vm_id, dies_with_parent=dies_with_parent)
-            vmm = cls(*started, directory)
+            vmm = cls(started, directory)
             await vmm._connect(vm_id)
         except BaseException:
             try:
@@ -126,10 +127,11 @@ class Vmm:
         self.close()
 
     def close(self) -> None:
-        """Drop our descriptors and leave the VM running. Idempotent."""
+        """Drop our descriptors and leave the VM running; what it logs at its death is then lost. Idempotent."""
         self.api.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
+            os.close(self._log)
             self.pidfd = -1
 
     async def _connect(self, vm_id: str) -> None:
