@@ -64,10 +64,10 @@ def start_ticks(pid: int) -> int:
     return int(fields[_START_TIME_FIELD - 3])  # what is left begins with field 3
 
 
-def has_exited(pidfd: int) -> bool:
-    """Whether the process of ``pidfd`` is dead, reaped or not; `GONE` is."""
+def has_exited(pidfd: int, seconds: float = 0.0) -> bool:
+    """Whether the process of ``pidfd`` is dead, or will be within ``seconds``; `GONE` is."""
     if pidfd < 0:
         return True
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))

@@ -41,6 +41,7 @@ class Regions:
             _check_region(region, page_size, image_bytes)
         _check_apart(self.ordered)
         self._bases = [region.base for region in self.ordered]
+        self._by_offset = sorted(range(len(self.ordered)), key=lambda at: self.ordered[at].offset)
         self._first_pages = [0]
         for region in self.ordered:
             self._first_pages.append(self._first_pages[-1] + region.size // page_size)
@@ -70,10 +71,12 @@ class Regions:
 
     def find_offset(self, offset: int) -> int | None:
         """The page number whose image bytes hold file ``offset``; None outside all regions."""
-        for at, region in enumerate(self.ordered):
-            if region.offset <= offset < region.offset + region.size:
-                return self._first_pages[at] + (offset - region.offset) // self.page_size
-        return None
+        nearest = bisect_right(self._by_offset, offset, key=lambda at: self.ordered[at].offset) - 1
+        if nearest < 0:
+            return None
+        at = self._by_offset[nearest]
+        inside = offset - self.ordered[at].offset
+        return self._first_pages[at] + inside // self.page_size if inside < self.ordered[at].size else None
 
     def address(self, page: int) -> int:
         """Host address of a page."""
@@ -84,6 +87,10 @@ class Regions:
         """Image offset of a page, bytes."""
         at = bisect_right(self._first_pages, page) - 1
         return self.ordered[at].offset + (page - self._first_pages[at]) * self.page_size
+
+    def region_end(self, page: int) -> int:
+        """First page number after the region of a page: no install may cross it."""
+        return self._first_pages[bisect_right(self._first_pages, page)]
 
     def __str__(self) -> str:
         """The map, for messages about an address that is in none of them."""
