@@ -1,0 +1,37 @@
+"""Format, lints and tests of the crates; a tool that is not there is named, not passed over in silence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+
+from . import rust
+from .common import ROOT, say
+
+_CHECKS = (
+    ("fmt", "--all", "--check"),
+    ("clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"),
+    ("test", "--workspace", "--locked", "--quiet"),
+)
+
+
+def main(checks: tuple[tuple[str, ...], ...]) -> int:
+    """Run ``checks``; 1 when one of them found something."""
+    env = rust.environment()
+    if env is None:
+        say("no usable Rust: format, lints and tests of the core are SKIPPED")
+        return 0
+    # The tests are programs that embed Python, which may not be where the loader looks.
+    libraries = [sysconfig.get_config_var("LIBDIR"), env.get("LD_LIBRARY_PATH")]
+    env["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
+    for check in checks:
+        if subprocess.run(["cargo", check[0], "--version"], env=env, capture_output=True, check=False).returncode:
+            say(f"cargo {check[0]} is not installed: SKIPPED; fix: rustup component add rustfmt clippy")
+        elif subprocess.run(["cargo", *check], env=env, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main((("fmt", "--all"),) if sys.argv[1:] == ["--format"] else _CHECKS))
