@@ -22,6 +22,7 @@ class Core:
         prefetch_bytes_max: int,
         fault_unserved_seconds: float,
         image_read_tries: int,
+        poison_lines_max: int,
         memory_floor_percent: int,
         injections: list[tuple[str, str, int, int, int]],
     ) -> Core:

@@ -26,7 +26,7 @@ struct PyCore(Core);
 impl PyCore {
     #[new]
     #[pyo3(signature = (*, uffd, pidfd, image, regions, page_size, beside, offsets, prefetch_bytes_max,
-                        fault_unserved_seconds, image_read_tries, memory_floor_percent, injections))]
+                        fault_unserved_seconds, image_read_tries, poison_lines_max, memory_floor_percent, injections))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         uffd: RawFd,
@@ -39,6 +39,7 @@ impl PyCore {
         prefetch_bytes_max: u64,
         fault_unserved_seconds: f64,
         image_read_tries: u32,
+        poison_lines_max: u64,
         memory_floor_percent: u64,
         injections: Vec<(String, String, u32, u32, i32)>,
     ) -> PyResult<Self> {
@@ -56,6 +57,7 @@ impl PyCore {
         let limits = Limits {
             fault_unserved: Duration::from_secs_f64(fault_unserved_seconds),
             image_read_tries,
+            poison_lines_max,
             memory_floor_percent,
         };
         // SAFETY: the caller gives these descriptors away; nothing after this fails before they

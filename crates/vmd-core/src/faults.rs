@@ -5,6 +5,7 @@
 //! parked and retried by a timer; it is served in the end, or its VM is failed. None is dropped.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::abi::{self, Message};
@@ -240,8 +241,10 @@ impl FaultThread<'_> {
             return Err(Ended::Failed(format!("{lost}; poisoning it: {why}")));
         }
         self.conclude(page, outcome, State::Poisoned, |vm| {
-            add(&vm.stats().counters.poisoned, 1);
-            vm.warn(lost);
+            let before = vm.stats().counters.poisoned.fetch_add(1, Ordering::Relaxed);
+            if before < vm.limits.poison_lines_max {
+                vm.warn(lost);
+            }
         })
     }
 

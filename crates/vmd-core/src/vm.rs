@@ -23,6 +23,8 @@ pub struct Limits {
     pub fault_unserved: Duration,
     /// Reads of a page before it counts as lost.
     pub image_read_tries: u32,
+    /// Lines that name single lost pages; beyond it they are only counted.
+    pub poison_lines_max: u64,
     /// The sequential fallback ends below this share of available memory, percent.
     pub memory_floor_percent: u64,
 }

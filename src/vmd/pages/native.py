@@ -32,6 +32,7 @@ class NativeCore:
             prefetch_bytes_max=service.prefetch_bytes_max,
             fault_unserved_seconds=limits.FAULT_UNSERVED_SECONDS_MAX,
             image_read_tries=limits.IMAGE_READ_TRIES,
+            poison_lines_max=limits.POISON_LINES_MAX,
             memory_floor_percent=limits.PREFETCH_MEMORY_FLOOR_PERCENT,
             injections=[(i.op, i.outcome.value, i.count, i.after, i.errno) for i in service.injections],
         )

@@ -132,8 +132,12 @@ class PageServer:
         return core.join()
 
     def _start_core(self, handshake: Handshake) -> PageCore:
-        self._plan = self._service(handshake.regions.page_size)
-        core = make_core(self.core_name, handshake, self._image, self._plan)
+        try:
+            self._plan = self._service(handshake.regions.page_size)
+            core = make_core(self.core_name, handshake, self._image, self._plan)
+        except BaseException:
+            handshake.close()
+            raise
         core.start()
         with self._lock:
             self._core = core
