@@ -47,7 +47,7 @@ def _work() -> bool:
     _BUSY.touch()
     pip = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--quiet")
     run(*pip, _pinned("pip"))
-    run(*pip, "--constraint", _CONSTRAINTS, "--group", "dev", _pinned("hatchling"))
+    run(*pip, "--constraint", _CONSTRAINTS, "--group", "dev")
     # Our build tool is already there, pinned; an isolated build would take the newest one.
     run(*pip, "--constraint", _CONSTRAINTS, "--no-build-isolation", "--editable", ".")
     _BUSY.unlink()
