@@ -13,29 +13,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from . import limits
-from .errors import BackendUnavailable, HandshakeRefused, PagesFailed, RestoreFailed, VmdError, VmmError
-from .pages.contract import Beside, Ended, Service
-from .pages.server import serve_pages
-from .recording import Recording, offsets_for, read_access_log, refusal
+from .backend import Backend, Choice, Request, choose_backend, plan_service, words
+from .errors import HandshakeRefused, PagesFailed, RestoreFailed, VmdError, VmmError
+from .pages.contract import Ended, Service
+from .pages.detached import DetachedPages
+from .pages.server import PageServer, serve_pages
 from .settings import Settings
-from .snapshot import Snapshot
 from .store import Owned, Registry
-from .vmm.process import find_firecracker, log_tail
+from .vmm import process
+from .vmm.process import find_firecracker
 from .vmm.vmm import Vmm
 
 T = TypeVar("T")
-Backend = Literal["uffd", "file"]
 
 PAGES_SOCKET = "pages.sock"
 """The page server's socket in a sandbox's run directory."""
@@ -73,92 +71,6 @@ async def _no_seam(step: Step) -> None:
     """Nothing happens between the steps outside of tests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to restore.
-
-    ``name``: of the template, for texts. ``access_log``: the recording that replay follows; it need
-    not exist. ``record``: log the demand faults instead. ``detached``: the sandbox outlives this
-    process, with a page server process of its own; else both end with it.
-    """
-
-    sandbox_id: str
-    name: str
-    snapshot: Snapshot
-    backend: Literal["auto", "uffd", "file"] = "auto"
-    access_log: Path | None = None
-    record: bool = False
-    detached: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A backend, and the sentence that says why this one."""
-
-    backend: Backend
-    reason: str
-
-
-def choose_backend(asked: str, settings: Settings, page_size: int) -> Choice:
-    """Which memory backend serves a snapshot of ``page_size`` (bytes). Raises `BackendUnavailable`.
-
-    The one place where VMD_UFFD_ENABLED acts.
-    """
-    huge = page_size > 4096
-    if asked == "file" and huge:
-        raise BackendUnavailable(
-            "backend file: Firecracker loads 2 MiB pages through userfaultfd only", hint="use --backend uffd"
-        )
-    if asked == "file":
-        return Choice("file", "asked for")
-    if settings.uffd_enabled:
-        return Choice("uffd", "asked for" if asked == "uffd" else "userfaultfd is in service")
-    hint = "set VMD_UFFD_ENABLED=true to close the breaker"
-    if huge:
-        raise BackendUnavailable("2 MiB pages need userfaultfd, and VMD_UFFD_ENABLED=false", hint=hint)
-    if asked == "uffd":
-        raise BackendUnavailable("backend uffd: VMD_UFFD_ENABLED=false", hint=f"{hint}, or use --backend auto")
-    return Choice("file", "breaker open: VMD_UFFD_ENABLED=false")
-
-
-def plan_service(request: Request, settings: Settings, warn: Callable[[str], None]) -> Service:
-    """What the page server does beside demand faults for this request.
-
-    Recorded order where there is a recording of this snapshot; the sequential fallback where there
-    is none; demand only where one is refused (one warning), and under VMD_UFFD_PREFETCH_ENABLED=false.
-    """
-    if request.record:
-        return Service(Beside.RECORD)
-    if not settings.prefetch_enabled:
-        return Service(Beside.NOTHING)
-    log = request.access_log
-    if log is None or not log.exists():
-        return Service(Beside.SEQUENTIAL, prefetch_bytes_max=settings.prefetch_bytes_max)
-    try:
-        recording = _read_recording(log, request.snapshot.memory_bytes, *_identity(log))
-        refused = refusal(recording, snapshot=request.snapshot.snapshot_id, memory=None)
-    except (VmdError, OSError) as failure:
-        refused = _words(failure)
-    if refused is not None:
-        warn(f"recording {log}: {refused}; restoring without it")
-        return Service(Beside.NOTHING, refused=refused)
-    if recording.skipped:
-        warn(f"recording {log}: {recording.skipped} bad lines skipped")
-    offsets = offsets_for(recording, request.snapshot.page_size)
-    return Service(Beside.REPLAY, offsets=offsets, skipped=recording.skipped)
-
-
-@lru_cache(maxsize=32)
-def _read_recording(log: Path, memory_bytes: int, *_file: int) -> Recording:
-    # A log never changes in place, so parsing it once for each version of the file is enough.
-    return read_access_log(log, memory_bytes)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 async def restore(
     request: Request,
     settings: Settings,
@@ -191,24 +103,6 @@ async def restore(
     return restored
 
 
-class Serving(Protocol):
-    """What a restore needs of a page server, in this process or in one of its own."""
-
-    handshaken: Future[int]
-    ended: Future[Ended]
-
-    def stats(self) -> dict[str, Any]:
-        """The object of ``--stats`` (interfaces.md)."""
-        ...
-
-    def stop(self) -> None:
-        """Ask it to end."""
-
-    def close(self) -> Ended:
-        """Wait for the end; free everything."""
-        ...
-
-
 class Restored:
     """A thawed VM: owns the VMM, the page server and the run directory until `close` or `forget`.
 
@@ -223,7 +117,7 @@ class Restored:
         self.backend: Backend = choice.backend
         self.backend_reason = choice.reason
         self.timings_ms = dict.fromkeys(("spawn", "handshake", "load", "resume", "ready", "total"), 0.0)
-        self.pages: Serving | None = None
+        self.pages: PageServer | DetachedPages | None = None
         self._settings = settings
         self._warn = warn
         self._at = at
@@ -244,6 +138,18 @@ class Restored:
         """The run directory: sockets, FIFOs, the VMM's log."""
         assert self._owned is not None
         return self._owned.path
+
+    @property
+    def pages_process(self) -> tuple[int, int, bool] | None:
+        """Pid and start time of the process that serves its pages, and whether that is this one; None: File."""
+        if self.pages is None:
+            return None
+        pid = self.pages.pid if isinstance(self.pages, DetachedPages) else os.getpid()
+        return pid, process.start_time(pid), pid == os.getpid()
+
+    def pages_alive(self) -> bool:
+        """Whether its pages are still served; always under the File backend."""
+        return self._ended is None or not self._ended.done()
 
     async def resume(self) -> None:
         """Let the guest run. Raises `VmdError`; the caller closes."""
@@ -284,8 +190,10 @@ class Restored:
 
     def forget(self) -> None:
         """Leave VMM and page server running and drop what this process holds of them."""
-        if self.pages is not None:
-            self.pages.forget()  # type: ignore[attr-defined]
+        if self._ended is not None:
+            self._ended.cancel()
+        if isinstance(self.pages, DetachedPages):
+            self.pages.forget()
         self.vmm.close()
         assert self._owned is not None
         self._owned.disown()
@@ -310,26 +218,22 @@ class Restored:
     async def _listen(self) -> None:
         with _named(Step.LISTEN):
             service = plan_service(self.request, self._settings, self._warn)
-            self.pages = await self._start_pages(service)
-            self._handshaken = asyncio.wrap_future(self.pages.handshaken)
-            self._ended = asyncio.wrap_future(self.pages.ended)
+            self.pages = pages = self._start_pages(service)
+            self._handshaken = asyncio.wrap_future(pages.handshaken)
+            self._ended = _end_of(pages)
         await self._at(Step.LISTEN)
 
-    async def _start_pages(self, service: Service) -> Serving:
-        snapshot = self.request.snapshot
-        return serve_pages(
-            self.directory / PAGES_SOCKET,
-            snapshot.memory,
-            lambda page_size: service,
-            core=self._settings.core,
-            retry=False,
-            warn=self._warn,
-        )
+    def _start_pages(self, service: Service) -> PageServer | DetachedPages:
+        snapshot, socket = self.request.snapshot, self.directory / PAGES_SOCKET
+        core = self._settings.core
+        if self.request.detached:
+            return DetachedPages(socket, snapshot.memory, service, snapshot.page_size, self.directory, core=core)
+        return serve_pages(socket, snapshot.memory, lambda _: service, core=core, retry=False, warn=self._warn)
 
-    async def _close_pages(self, pages: Serving) -> None:
+    async def _close_pages(self, pages: PageServer | DetachedPages) -> None:
         pages.stop()
         if self._ended is not None:
-            await asyncio.wait([self._ended])
+            await asyncio.wait([self._ended])  # so that close, which waits for threads, finds none running
         pages.close()
 
     async def _spawn(self, firecracker: Path) -> None:
@@ -397,10 +301,10 @@ class Restored:
 
     def _death(self) -> VmdError:
         ended = self._ended.result() if self._ended is not None and self._ended.done() else None
-        if ended is not None and ended.error is not None:
+        if isinstance(ended, Ended) and ended.error is not None:
             return PagesFailed(f"page server: {ended.error}")
         if not self.vmm.alive():
-            log = log_tail(self.vmm.directory)
+            log = process.log_tail(self.vmm.directory)
             return VmmError("the VMM has exited" + (f"; its log ends: {log}" if log else ""))
         return PagesFailed("the page server has ended")
 
@@ -409,6 +313,16 @@ class Restored:
         began = time.monotonic()
         yield
         self.timings_ms[key] = _ms_since(began)
+
+
+def _end_of(pages: PageServer | DetachedPages) -> asyncio.Future[Any]:
+    """Done when the page server has ended; gives its `Ended` where it served in this process."""
+    if isinstance(pages, PageServer):
+        return asyncio.wrap_future(pages.ended)
+    pidfd = os.pidfd_open(pages.pid)  # a child that nobody has waited for: the pid is its own
+    ended = asyncio.ensure_future(process.exited(pidfd))
+    ended.add_done_callback(lambda _: os.close(pidfd))
+    return ended
 
 
 async def _undo(restored: Restored, failure: BaseException) -> None:
@@ -467,13 +381,7 @@ def _named(what: str) -> Iterator[None]:
     except VmdError as failure:
         raise type(failure)(f"{what}: {failure}", hint=failure.hint) from failure
     except OSError as failure:
-        raise VmdError(f"{what}: {_words(failure)}") from failure
-
-
-def _words(failure: Exception) -> str:
-    if isinstance(failure, OSError) and failure.strerror:
-        return f"{failure.filename}: {failure.strerror}" if failure.filename else failure.strerror
-    return str(failure)
+        raise VmdError(f"{what}: {words(failure)}") from failure
 
 
 def _ms_since(began: float) -> float:

@@ -26,6 +26,7 @@ from .errors import Conflict, VmdError
 from .settings import Settings
 
 OWNER = "owner"
+RECORD = "sandbox.json"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -162,11 +163,12 @@ def sweep_runs(settings: Settings) -> list[Path]:
         return []
     with registry.locked():
         dead = [entry for entry in registry.entries() if owner_is_dead(entry)]
-        complete = [entry for entry in dead if (settings.state_dir / "sandboxes" / entry.name).exists()]
+        complete = [entry for entry in dead if (settings.state_dir / "sandboxes" / entry.name / RECORD).exists()]
         for entry in complete:
             (entry / OWNER).unlink(missing_ok=True)
         for entry in set(dead) - set(complete):
             _kill_processes_of(entry)
+            shutil.rmtree(settings.state_dir / "sandboxes" / entry.name, ignore_errors=True)
             shutil.rmtree(entry, ignore_errors=True)
     return dead
 
@@ -193,5 +195,7 @@ def _kill_processes_of(directory: Path) -> None:
 
 def _belongs(process: Path, directory: Path) -> bool:
     arguments = (process / "cmdline").read_bytes().split(b"\0")
-    inside = os.fsencode(directory) + b"/"
-    return (process / "cwd").readlink() == directory or any(word.startswith(inside) for word in arguments)
+    if (process / "cwd").readlink() == directory:
+        return True
+    names = (os.fsencode(directory) + b"/", b'"' + os.fsencode(directory) + b'"')  # a path in it, itself in JSON
+    return any(name in word for word in arguments for name in names)

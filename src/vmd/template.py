@@ -27,7 +27,8 @@ from .errors import Conflict, NotFound, SnapshotError, UsageError, VmdError
 from .pages.server import PageServer
 from .pages.source import Image
 from .recording import Recording, read_access_log, settled, write_access_log
-from .restore import Request, Restored, finish, restore
+from .backend import Request
+from .restore import Restored, finish, restore
 from .settings import Settings
 from .snapshot import PAGE_SIZES, Snapshot
 from .store import OWNER, Owned, Registry, owner_is_dead, read_json, sweep_runs, sync_directory, write_json

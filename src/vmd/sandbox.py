@@ -1,0 +1,273 @@
+"""Stage 6: one sandbox: made from a template, asked, looked at, killed.
+
+Without a daemon the truth about what runs is /proc, and ``sandboxes/<id>/sandbox.json`` says where to
+look: pids are only believed together with their start times and the boot they belong to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import template as templates
+from .errors import NotFound, UsageError, VmdError
+from .pages.detached import read_stats
+from .backend import Asked, Request
+from .restore import Restored, finish, restore
+from .settings import Settings
+from .states import State, guard, observed
+from .store import RECORD, read_json, write_json
+from .template import Template
+from .vmm import process
+from .vmm.console import Console
+
+SCHEMA = 1
+
+_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
+_ID_CHARS = 10
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+# A page server sees its VMM's end within 100 ms; a process of its own that does not is killed.
+_PAGES_END_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that is recognized: its pid and its start time (clock ticks since boot).
+
+    ``shared``: it does other work too, and is not ours to kill.
+    """
+
+    pid: int
+    start_time: int
+    shared: bool = False
+
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        pidfd = process.find(self.pid, self.start_time)
+        if pidfd is None:
+            return False
+        os.close(pidfd)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What ``sandbox.json`` holds. ``pages`` is None under the File backend; times in ms."""
+
+    id: str
+    template: str
+    snapshot_id: str
+    backend: str
+    backend_reason: str
+    created_at: float
+    timings_ms: dict[str, float]
+    directory: str
+    boot_id: str
+    vmm: Process
+    pages: Process | None
+
+    def save(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read it back. Raises `NotFound`, and `VmdError` for what this vmd did not write."""
+        what = f"sandbox {path.parent.name}"
+        try:
+            saved = read_json(path, what)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"{what}: there is none of that id", hint="vmd ls") from None
+        if saved.pop("schema", None) != SCHEMA:
+            raise VmdError(f"{what}: {path} is of another vmd", hint=f"remove {path.parent}")
+        try:
+            vmm, pages = Process(**saved.pop("vmm")), saved.pop("pages")
+            return cls(**saved, vmm=vmm, pages=Process(**pages) if pages else None)
+        except (KeyError, TypeError) as broken:
+            raise VmdError(f"{what}: {path}: {broken}", hint=f"remove {path.parent}") from broken
+
+
+class Sandbox:
+    """One sandbox, made here (`create`) or found (`find`, `list_all`).
+
+    One that was made here and not detached ends with this process; it owns its VMM and page server.
+    """
+
+    def __init__(self, settings: Settings, record: Record, restored: Restored | None = None) -> None:
+        self.record = record
+        self._settings = settings
+        self._restored = restored
+
+    @property
+    def id(self) -> str:
+        """``sb-`` and ten of a-z2-7."""
+        return self.record.id
+
+    def state(self) -> State:
+        """Running, frozen (the page server is gone) or dead (the VMM is), as /proc says now."""
+        record = self.record
+        if record.boot_id != _boot_id():
+            return State.DEAD
+        return observed(vmm_alive=record.vmm.alive(), pages_alive=self._pages_alive())
+
+    async def ask(self, line: str, seconds: float) -> str:
+        """One command line to the guest's console; its answer.
+
+        Raises `Conflict` unless it is running, `VmmError`, `PagesFailed`, `TimedOut`, `UsageError`.
+        """
+        guard(self.id, self.state(), "exec")
+        if self._restored is not None:
+            return await self._restored.ask(line, seconds)
+        return await Console(Path(self.record.directory), self.record.vmm.alive).ask(line, seconds)
+
+    def stats(self) -> dict[str, Any] | None:
+        """The page server's ``--stats`` object, at most 200 ms old; None where there is none."""
+        if self._restored is not None:
+            return self._restored.pages.stats() if self._restored.pages else None
+        return (read_stats(Path(self.record.directory)) or None) if self.record.pages else None
+
+    def describe(self) -> dict[str, Any]:
+        """The object of ``vmd ls`` and ``vmd create``: what interfaces.md names, the state, and the record."""
+        record = self.record
+        return {
+            "id": record.id,
+            "state": str(self.state()),
+            "template": record.template,
+            "snapshot_id": record.snapshot_id,
+            "backend": record.backend,
+            "backend_reason": record.backend_reason,
+            "vmm_pid": record.vmm.pid,
+            "pages_pid": record.pages.pid if record.pages else None,
+            "created_at": record.created_at,
+            "timings_ms": record.timings_ms,
+        }
+
+    async def kill(self) -> None:
+        """End it: the VMM, then the page server, then its files. A dead one is cleaned up. Idempotent.
+
+        Not cut short by a cancellation. Raises `TimedOut`, `VmdError`.
+        """
+        await finish(self._end())
+
+    async def _end(self) -> None:
+        if self._restored is not None:
+            await self._restored.close()
+        elif self.record.boot_id == _boot_id():
+            await _kill(self.record.vmm)
+            if self.record.pages is not None and not self.record.pages.shared:
+                await _kill(self.record.pages, grace_seconds=_PAGES_END_SECONDS)
+        for directory in (Path(self.record.directory), _home(self._settings, self.id)):
+            with contextlib.suppress(FileNotFoundError):
+                await asyncio.to_thread(shutil.rmtree, directory)
+
+    def _pages_alive(self) -> bool:
+        if self._restored is not None:
+            return self._restored.pages_alive()
+        return self.record.pages is None or self.record.pages.alive()
+
+
+async def create(
+    settings: Settings,
+    template: str,
+    *,
+    backend: Asked = "auto",
+    detached: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Sandbox:
+    """Restore a new sandbox from ``template`` and record it.
+
+    ``detached``: it outlives this process. Raises `NotFound`, `BackendUnavailable`, `SnapshotError`,
+    `RestoreFailed`; then, as after a cancellation, nothing is left.
+    """
+    found = templates.load(settings, template)
+    request = Request(_new_id(), found.name, found.snapshot, backend, access_log=found.access_log, detached=detached)
+    restored = await restore(request, settings, warn=warn)
+    try:
+        record = _record(found, restored)
+        home = _home(settings, record.id)
+        home.mkdir(parents=True)
+        write_json(home / RECORD, record.save())
+        if detached:
+            restored.forget()
+    except BaseException:
+        await finish(restored.close())
+        shutil.rmtree(_home(settings, request.sandbox_id), ignore_errors=True)
+        raise
+    return Sandbox(settings, record, None if detached else restored)
+
+
+def list_all(settings: Settings, warn: Callable[[str], None] = lambda line: None) -> list[Sandbox]:
+    """All recorded sandboxes, oldest first; a record that cannot be read is warned of and left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for home in (settings.state_dir / "sandboxes").iterdir():
+            try:
+                found.append(Sandbox(settings, Record.load(home / RECORD)))
+            except NotFound:
+                continue  # being made, or being removed
+            except VmdError as failure:
+                warn(str(failure))
+    return sorted(found, key=lambda sandbox: (sandbox.record.created_at, sandbox.id))
+
+
+def find(settings: Settings, prefix: str) -> Sandbox:
+    """The sandbox of this id, or the only one whose id begins so. Raises `NotFound`, `UsageError`."""
+    homes = settings.state_dir / "sandboxes"
+    names = [home.name for home in homes.iterdir()] if homes.is_dir() else []
+    matches = [prefix] if prefix in names else [name for name in names if prefix and name.startswith(prefix)]
+    if not matches:
+        raise NotFound(f"sandbox {prefix}: there is none of that id", hint="vmd ls")
+    if len(matches) > 1:
+        raise UsageError(f"sandbox {prefix}: {len(matches)} ids begin so: {', '.join(sorted(matches)[:5])}")
+    return Sandbox(settings, Record.load(homes / matches[0] / RECORD))
+
+
+def _record(template: Template, restored: Restored) -> Record:
+    return Record(
+        id=restored.request.sandbox_id,
+        template=template.name,
+        snapshot_id=template.snapshot.snapshot_id,
+        backend=restored.backend,
+        backend_reason=restored.backend_reason,
+        created_at=time.time(),
+        timings_ms=restored.timings_ms,
+        directory=str(restored.directory),
+        boot_id=_boot_id(),
+        vmm=Process(restored.vmm.pid, restored.vmm.start_time),
+        pages=None if restored.pages_process is None else Process(*restored.pages_process),
+    )
+
+
+async def _kill(victim: Process, *, grace_seconds: float = 0.0) -> None:
+    """Kill it after giving it the grace to end by itself, and wait for the end."""
+    pidfd = process.find(victim.pid, victim.start_time)
+    if pidfd is None:
+        return
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await process.exited(pidfd)
+        await process.kill(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _home(settings: Settings, sandbox_id: str) -> Path:
+    return settings.state_dir / "sandboxes" / sandbox_id
+
+
+def _new_id() -> str:
+    return "sb-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_CHARS))
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text(encoding="ascii").strip()
