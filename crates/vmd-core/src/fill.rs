@@ -1,9 +1,12 @@
 //! The filler: installs a plan's runs beside the demand faults.
 //!
-//! One reader takes the runs' contents from the image into staging buffers, one installer puts
-//! them into the guest. Demand goes first: the installer enters the gate piece by piece, and
+//! What the page cache holds is read and installed by one thread: a second one would only take a
+//! CPU from the guest. From the first run on that is not cached, a reader of its own fetches the
+//! runs into staging buffers and the installer takes them from there, so that no install waits
+//! for a disk. Demand goes first all the time: the installer enters the gate piece by piece, and
 //! stays out while a demand fault is being served.
 
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -34,7 +37,26 @@ struct Chunk {
 }
 
 /// Install all runs. `counter` counts the pages of data. True when the plan came to its end.
-pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> std::io::Result<bool> {
+pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
+    let still_absent = |run: &Run| run.pages.clone().any(|page| vm.states.get(page) == State::Absent);
+    let mut runs = runs.filter(still_absent); // demand may have been faster
+    let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
+    let cold = loop {
+        let Some(run) = runs.next() else { break None };
+        let bytes = &mut buffer.bytes()[..data_bytes(vm, &run)];
+        if !(run.hole || vm.image.read_cached(bytes, vm.regions.offset(run.pages.start))) {
+            break Some(run);
+        }
+        if !install_run(vm, run, bytes, counter) {
+            return Ok(false);
+        }
+    };
+    buffer.give_back();
+    cold.map_or(Ok(true), |run| fill_cold(vm, std::iter::once(run).chain(runs), counter))
+}
+
+/// The same with a reader beside the installer.
+fn fill_cold(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
     let (give, empty) = channel();
     for _ in 0..BUFFERS {
         give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
@@ -42,14 +64,19 @@ pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64
     std::thread::scope(|scope| {
         let (full, take) = sync_channel(BUFFERS);
         let reader = move || (vm.stats().cpu.measure(|| read(vm, runs, &empty, &full)), empty);
-        let reader =
-            std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10).spawn_scoped(scope, reader)?;
+        let thread = std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10);
+        let reader = thread.spawn_scoped(scope, reader)?;
         let installed = install_all(vm, &take, give, counter);
         drop(take);
         let (read, unused) = reader.join().expect("the reader does not panic");
         unused.try_iter().for_each(Buffer::give_back);
         Ok(installed && read)
     })
+}
+
+/// Bytes of the image that a run needs.
+fn data_bytes(vm: &Vm, run: &Run) -> usize {
+    if run.hole { 0 } else { run.pages.len() * vm.regions.page_size as usize }
 }
 
 /// Most pages in one run of data: what fits a buffer.
@@ -64,7 +91,7 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
     let mut target = FIRST_CHUNK;
     let (mut filled, mut taken) = (0, Vec::new());
     for run in runs {
-        let bytes = if run.hole { 0 } else { run.pages.len() * vm.regions.page_size as usize };
+        let bytes = data_bytes(vm, &run);
         if filled + bytes > buffer.bytes().len() || filled >= target {
             if full.send(Chunk { buffer, runs: std::mem::take(&mut taken) }).is_err() {
                 return false;
@@ -75,9 +102,6 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
         }
         if vm.is_ending() {
             return false;
-        }
-        if run.pages.clone().all(|page| vm.states.get(page) != State::Absent) {
-            continue; // demand was faster
         }
         let offset = vm.regions.offset(run.pages.start);
         // A page that cannot be read is left to demand, which names and poisons it.
@@ -146,7 +170,7 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64) -> bool {
             }
             Outcome::Gone => return false,
             Outcome::Fatal(errno) => {
-                let why = std::io::Error::from_raw_os_error(errno);
+                let why = io::Error::from_raw_os_error(errno);
                 vm.warn(format!("replay or prefetch ends, demand goes on: install: {why}"));
                 return false;
             }

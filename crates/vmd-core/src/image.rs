@@ -23,6 +23,17 @@ impl Image {
         self.file.read_exact_at(buffer, offset)
     }
 
+    /// Fill `buffer` from `offset` if the page cache has it all. False: it would have to wait, or
+    /// the file system cannot tell.
+    pub fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
+        let part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        // SAFETY: one iovec over a buffer that is valid, and borrowed mutably, for its whole length.
+        let read = unsafe {
+            libc::preadv2(self.file.as_raw_fd(), &raw const part, 1, offset as libc::off_t, libc::RWF_NOWAIT)
+        };
+        read == buffer.len() as isize
+    }
+
     /// Whether no byte of the range is in a data extent.
     pub fn is_hole(&self, offset: u64, len: u64) -> bool {
         let next = self.extents.partition_point(|&(_, end)| end <= offset);
