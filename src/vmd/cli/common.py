@@ -76,8 +76,8 @@ def progress() -> Callable[[str], None]:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns, two blanks apart; the head in capitals."""
-    lines = [tuple(word.upper() for word in head), *rows]
+    """Columns, two blanks apart."""
+    lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines

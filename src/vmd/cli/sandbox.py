@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+
 import click
 
 from .. import limits, sandbox
@@ -50,7 +51,7 @@ def ls(as_json: bool) -> None:
         (one["id"], one["state"], one["template"], one["backend"], str(one["vmm_pid"]), age(one["created_at"]))
         for one in found
     ]
-    click.echo(table(("id", "state", "template", "backend", "vmm", "age"), rows))
+    click.echo(table(("ID", "STATE", "TEMPLATE", "BACKEND", "VMM", "AGE"), rows))
 
 
 @click.command()

@@ -59,7 +59,7 @@ def ls(as_json: bool) -> None:
          age(one.created_at))
         for one in found
     ]  # fmt: skip
-    click.echo(table(("name", "memory", "pages", "recorded", "ended", "age"), rows))
+    click.echo(table(("NAME", "MEMORY", "PAGE SIZE", "RECORDED", "ENDED", "AGE"), rows))
 
 
 @template.command()
