@@ -96,6 +96,8 @@ def start(firecracker: str, directory: Path, vm_id: str, *, dies_with_parent: bo
     made: list[Path] = []
     try:
         with ExitStack() as undo:
+            if os.path.lexists(directory / API_SOCKET):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), API_SOCKET)
             stdin, stdout, log = (_fifo(directory / name, undo, made) for name in (CONSOLE_IN, CONSOLE_OUT, LOG))
             os.set_blocking(stdin, True)  # what Firecracker is used to
             child = subprocess.Popen(
