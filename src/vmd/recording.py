@@ -145,14 +145,20 @@ def _sync_directory(path: Path) -> None:
 def _read_bounded(path: Path) -> bytes:
     try:
         # Non-blocking: a FIFO is to be refused, not waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise VmdError(f"read {path}: not a regular file")
-            data = file.read(_BYTES_MAX + 1)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as failure:
         raise VmdError(f"read {path}: {failure.strerror}") from failure
     except ValueError as failure:  # a NUL in the path
         raise VmdError(f"read {path}: {failure}") from failure
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise VmdError(f"read {path}: not a regular file")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read(_BYTES_MAX + 1)
+    except OSError as failure:
+        raise VmdError(f"read {path}: {failure.strerror}") from failure
+    finally:
+        os.close(fd)
     if len(data) > _BYTES_MAX:
         raise VmdError(f"read {path}: more than {_BYTES_MAX} bytes is no access log")
     return data
