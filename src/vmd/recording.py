@@ -204,7 +204,7 @@ def _parse_clean(body: bytes, page_size: int, memory_bytes: int) -> array[int] |
         values: list[int] = json.loads(b"[%b]" % body.removesuffix(b"\n").replace(b"\n", b","))
     except ValueError:  # a blank line, leading zeros, thousands of digits
         return None
-    if max(values) > memory_bytes - page_size or len(dict.fromkeys(values)) != len(values):
+    if max(values) > memory_bytes - page_size or len(set(values)) != len(values):
         return None
     offsets = array("Q", values)
     return offsets if _all_aligned(offsets, page_size) else None
