@@ -41,6 +41,9 @@ PAGES_SOCKET = "pages.sock"
 READY_ASK, READY_ANSWER = "ping", "pong"
 """How the built-in guest says that it is there."""
 
+# A VMM that refuses a load answers and exits: its answer, already sent, says more than its death.
+_LAST_WORDS_SECONDS = 0.5
+
 # Firecracker takes letters, digits and hyphens, 64 at most, for an id that only its log shows.
 _VMM_ID_CHARS_MAX = 64
 
@@ -49,7 +52,8 @@ class Step(enum.StrEnum):
     """The steps of a restore, in order, each by the words that an error's text has for it.
 
     LISTEN and HANDSHAKE are passed over under the File backend, RESUME and READY when the caller
-    wants to resume by itself.
+    wants to resume by itself. LOAD and HANDSHAKE go on at the same time, and LOAD does what RESUME
+    names, unless the caller resumes.
     """
 
     SLOT = "wait for a slot"
@@ -106,8 +110,9 @@ async def restore(
 class Restored:
     """A thawed VM: owns the VMM, the page server and the run directory until `close` or `forget`.
 
-    ``timings_ms`` has ``spawn``, ``handshake`` and ``load`` (both since the load began), ``resume``, ``ready``
-    (the guest's first answer, since it ran) and ``total``; what did not happen is 0.
+    ``timings_ms`` has ``spawn``, ``handshake`` and ``load`` (both since the load began), ``resume`` (0 where the load
+    itself resumed: one wake-up less beside a guest that runs already), ``ready`` (the guest's first answer) and
+    ``total``; what did not happen is 0.
     """
 
     def __init__(
@@ -138,14 +143,6 @@ class Restored:
         """The run directory: sockets, FIFOs, the VMM's log."""
         assert self._owned is not None
         return self._owned.path
-
-    @property
-    def pages_process(self) -> tuple[int, int, bool] | None:
-        """Pid and start time of the process that serves its pages, and whether that is this one; None: File."""
-        if self.pages is None:
-            return None
-        pid = self.pages.pid if isinstance(self.pages, DetachedPages) else os.getpid()
-        return pid, process.start_time(pid), pid == os.getpid()
 
     def pages_alive(self) -> bool:
         """Whether its pages are still served; always under the File backend."""
@@ -204,9 +201,9 @@ class Restored:
         if self.backend == "uffd":
             await self._listen()
         await self._spawn(firecracker)
-        await self._load()
+        await self._load(resume)
         if resume:
-            await self.resume()
+            await self._at(Step.RESUME)
             await self.ready()
 
     async def _make_directory(self) -> None:
@@ -246,17 +243,17 @@ class Restored:
             )
         await self._at(Step.SPAWN)
 
-    async def _load(self) -> None:
+    async def _load(self, resume: bool) -> None:
         began = time.monotonic()
         if self._handshaken is None:
-            await self._while_alive(self._load_snapshot(began))
+            await self._while_alive(self._load_snapshot(began, resume))
         else:
-            await self._while_alive(_both(self._load_snapshot(began), self._shake_hands(began)))
+            await self._while_alive(_both(self._load_snapshot(began, resume), self._shake_hands(began)))
         await self._at(Step.LOAD)
         if self._handshaken is not None:
             await self._at(Step.HANDSHAKE)
 
-    async def _load_snapshot(self, began: float) -> None:
+    async def _load_snapshot(self, began: float, resume: bool) -> None:
         snapshot = self.request.snapshot
         path = PAGES_SOCKET if self.backend == "uffd" else str(snapshot.memory)
         with _named(f"{Step.LOAD} {self.request.name}"):
@@ -264,7 +261,8 @@ class Restored:
                 snapshot.vmstate,
                 backend="Uffd" if self.backend == "uffd" else "File",
                 backend_path=path,
-                resume=False,
+                resume=resume,
+                seconds=limits.VMM_LOAD_SECONDS,
             )
         self.timings_ms["load"] = _ms_since(began)
 
@@ -292,6 +290,8 @@ class Restored:
         watched = {task, exited} if self._ended is None else {task, exited, self._ended}
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and not self.vmm.alive():
+                await asyncio.wait([task], timeout=_LAST_WORDS_SECONDS)
             if not task.done():
                 self._judge_handshake()
                 raise self._death()

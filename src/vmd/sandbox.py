@@ -19,7 +19,7 @@ from typing import Any
 
 from . import template as templates
 from .errors import NotFound, UsageError, VmdError
-from .pages.detached import read_stats
+from .pages.detached import DetachedPages, read_stats
 from .backend import Asked, Request
 from .restore import Restored, finish, restore
 from .settings import Settings
@@ -243,8 +243,16 @@ def _record(template: Template, restored: Restored) -> Record:
         directory=str(restored.directory),
         boot_id=_boot_id(),
         vmm=Process(restored.vmm.pid, restored.vmm.start_time),
-        pages=None if restored.pages_process is None else Process(*restored.pages_process),
+        pages=_server_of(restored),
     )
+
+
+def _server_of(restored: Restored) -> Process | None:
+    """The process that serves its pages: one of its own, or this one."""
+    if restored.pages is None:
+        return None
+    pid = restored.pages.pid if isinstance(restored.pages, DetachedPages) else os.getpid()
+    return Process(pid, process.start_time(pid), shared=pid == os.getpid())
 
 
 async def _kill(victim: Process, *, grace_seconds: float = 0.0) -> None:
