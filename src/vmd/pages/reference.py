@@ -156,13 +156,14 @@ class ReferenceCore:
 
     def _serve(self) -> None:
         """Serve until `_EndError`."""
+        if self._handshake.pidfd < 0:  # reaped before it could be had: no poll would ever tell
+            raise _EndError(EndReason.GONE)
         poll = select.poll()
         for fd in (self._handshake.uffd, self._handshake.pidfd, self._stop_fd):
-            if fd >= 0:
-                poll.register(fd, select.POLLIN)
+            poll.register(fd, select.POLLIN)
         while True:
             ready = dict(poll.poll(self._retry_seconds * 1000 if self._parked else None))
-            if self._handshake.pidfd in ready or self._handshake.pidfd < 0:
+            if self._handshake.pidfd in ready:
                 raise _EndError(EndReason.GONE)
             if self._stop_fd in ready:
                 raise _EndError(EndReason.STOPPED)

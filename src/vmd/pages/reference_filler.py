@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ class Filler:
             if step.outcome is Outcome.GONE:
                 return False
             if step.outcome is Outcome.FATAL:
-                self._tally.warn(f"replay or prefetch ends, demand goes on: install: errno {step.errno}")
+                self._tally.warn(f"replay or prefetch ends, demand goes on: install: {os.strerror(step.errno)}")
                 return False
             if step.outcome in (Outcome.LATER, Outcome.PARTIAL):
                 tries -= 1

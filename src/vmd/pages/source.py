@@ -52,11 +52,13 @@ class Image:
     def data_extents(self) -> list[tuple[int, int]]:
         """The (start, end) byte ranges that hold data; what is between them is a hole.
 
-        lseek(2) SEEK_DATA/SEEK_HOLE; a file system without holes reports one extent.
+        lseek(2) SEEK_DATA/SEEK_HOLE; a file system without holes reports one extent. What a file
+        has lost since it was opened counts as data: it must be found unreadable, not zero.
         """
         extents = []
         position = 0
-        while position < self.size:
+        size = min(self.size, os.fstat(self.fd).st_size)
+        while position < size:
             try:
                 start = os.lseek(self.fd, position, os.SEEK_DATA)
             except OSError as failure:
@@ -65,6 +67,8 @@ class Image:
                 raise
             position = os.lseek(self.fd, start, os.SEEK_HOLE)
             extents.append((start, position))
+        if size < self.size:
+            extents.append((size, self.size))
         return extents
 
     def detach(self) -> int:

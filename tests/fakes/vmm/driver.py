@@ -182,13 +182,17 @@ class FakeVmm:
 
     def blocked(self) -> int:
         """How many of its threads wait for a page."""
+        return self.blocked_in("handle_userfault")
+
+    def blocked_in(self, function: str) -> int:
+        """How many of its threads have this function on their kernel stack."""
         stacks = []
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             try:
                 stacks.append((task / "stack").read_text())
             except OSError:  # it has just ended
                 continue
-        return sum("handle_userfault" in stack for stack in stacks)
+        return sum(function in stack for stack in stacks)
 
     def is_alive(self) -> bool:
         """Whether the process runs."""

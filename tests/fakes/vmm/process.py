@@ -28,6 +28,7 @@ PROT_NONE = 0
 MAP_FIXED = 0x10
 MAP_HUGETLB = 0x40000
 HUGE_PAGE = 2 << 20
+MREMAP_FIXED = 3  # with MAYMOVE, which it needs
 PATTERN = b"written!"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -119,8 +120,18 @@ class Worker:
     def remove(self, address: int) -> str:
         return result(libc.madvise(address, self.memory.page_size, mmap.MADV_DONTNEED))
 
+    def remove_32_pages(self, address: int) -> str:
+        return result(libc.madvise(address, 32 * self.memory.page_size, mmap.MADV_DONTNEED))
+
     def unmap(self, address: int) -> str:
         return result(libc.munmap(address, self.memory.page_size))
+
+    def move(self, address: int) -> str:
+        libc.mremap.restype = ctypes.c_void_p
+        target = mapped(0, self.memory.page_size, PROT_NONE, 0)
+        size = ctypes.c_size_t(self.memory.page_size)
+        moved = libc.mremap(ctypes.c_void_p(address), size, size, MREMAP_FIXED, ctypes.c_void_p(target))
+        return "ok" if moved == target else errno.errorcode[ctypes.get_errno()]
 
     def remove_then_verdict(self, address: int) -> str:
         self.remove(address)
@@ -213,6 +224,13 @@ class Commands:
 
     def status(self, job: int) -> Any:
         return self.jobs[job].results if self.jobs[job].done() else None
+
+    def fork(self) -> Any:
+        """Fork a child that ends at once; with FEATURE_EVENT_FORK it waits for the event to be read."""
+        child = libc.fork()  # not os.fork, which would hold the interpreter's lock all the while
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
 
     def exit(self, code: int) -> Any:
         os._exit(code)
