@@ -65,7 +65,7 @@ clean: ## remove what was built, but for the environment
 	$(MAKE) -C guest/micro clean
 
 $(STAMPS)/venv: pyproject.toml setup/constraints.txt setup/venv.py $(SETUP)
-	@"$$(setup/python)" -m setup.venv
+	@python="$$(setup/python)"; "$$python" -m setup.venv
 
 $(STAMPS)/core: $(CORE_SOURCES) setup/core.py setup/rust.py $(SETUP) | $(STAMPS)/venv
 	@$(PY) -m setup.core

@@ -38,15 +38,21 @@ def say(words: str) -> None:
     print(f"set-up: {words}", file=sys.stderr, flush=True)
 
 
-def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
-    """Run ``command``, its output shown only when it fails. Raises `SetupError`."""
+def run(*command: str | Path, env: dict[str, str] | None = None, fix: str = "see its output above") -> None:
+    """Run ``command`` at the root, its output shown only when it fails. Raises `SetupError`."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        words,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     if done.returncode:
         sys.stderr.write(done.stdout.decode(errors="replace"))
-        raise SetupError(f"`{shlex.join(words)}` failed with {done.returncode}", "see its output above")
+        raise SetupError(f"`{shlex.join(words)}` failed with {done.returncode}", fix)
 
 
 def apt_install(packages: list[str]) -> bool:

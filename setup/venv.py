@@ -46,7 +46,7 @@ def _work() -> bool:
         _create()
     _BUSY.touch()
     pip = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--quiet")
-    run(*pip, _pinned("pip"))
+    run(*pip, _pinned("pip"), fix="let pip reach a package index (PIP_INDEX_URL, PIP_PROXY), then run make again")
     run(*pip, "--constraint", _CONSTRAINTS, "--group", "dev")
     # Our build tool is already there, pinned; an isolated build would take the newest one.
     run(*pip, "--constraint", _CONSTRAINTS, "--no-build-isolation", "--editable", ".")
