@@ -5,6 +5,9 @@ from typing import Literal, final
 VERSION: str
 """Version of the core; vmd-sandbox refuses another than its own."""
 
+PROFILE: str
+"""``release`` or ``debug``; benches refuse to measure a debug build."""
+
 @final
 class Core:
     """Serves the page faults of one VM, in threads of its own that never take the GIL."""

@@ -194,4 +194,8 @@ mod vmd_core {
     /// The version of the core, which vmd-sandbox compares with its own.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    /// `release`, or `debug`, which no bench measures.
+    #[pymodule_export]
+    const PROFILE: &str = if cfg!(debug_assertions) { "debug" } else { "release" };
 }

@@ -1,0 +1,1 @@
+"""Measurements: ratios of interleaved runs, each sample kept with its dimensions; `compare` compares."""
