@@ -15,7 +15,7 @@ import click
 from ..errors import UsageError, VmdError
 from ..pages.contract import Beside, Ended, EndReason, Service
 from ..pages.server import PageServer, serve_pages
-from ..pages.serving import Serving, exit_line
+from ..pages.serving import Serving, Signals, exit_line, say, warn
 from ..pages.source import Image
 from ..recording import Recording, offsets_for, read_access_log, refusal, write_access_log
 from ..settings import Settings
@@ -26,21 +26,25 @@ def pages() -> None:
     """Serve the memory of a VM page by page, with any Firecracker."""
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _warn(line: str) -> None:
-    _say(f"vmd: warning: {line}")
+# chown(2) takes -1, which is the highest number, for "leave it as it is".
+_ID_MAX = (1 << 32) - 2
+# poll(2) takes milliseconds in 31 bits: 24 days.
+_ACCEPT_SECONDS_MAX = 2_000_000
 
 
 def _parse_owner(_: click.Context, __: click.Parameter, word: str | None) -> tuple[int, int] | None:
     if word is None:
         return None
     uid, _colon, gid = word.partition(":")
-    if not (uid.isdecimal() and gid.isdecimal()):
-        raise click.BadParameter(f"expected UID:GID as numbers, got {word!r}")
+    if not (word.isascii() and uid.isdecimal() and gid.isdecimal() and max(int(uid), int(gid)) <= _ID_MAX):
+        raise click.BadParameter(f"expected UID:GID as numbers up to {_ID_MAX}, got {word!r}")
     return int(uid), int(gid)
+
+
+def _parse_seconds(_: click.Context, __: click.Parameter, seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds <= _ACCEPT_SECONDS_MAX:
+        raise click.BadParameter(f"expected seconds above 0, up to {_ACCEPT_SECONDS_MAX}, got {seconds:g}")
+    return seconds
 
 
 @pages.command()
@@ -85,8 +89,13 @@ def _parse_owner(_: click.Context, __: click.Parameter, word: str | None) -> tup
     metavar="UID:GID",
     help="Give the socket to this user and group, for a jailed VMM.",
 )
-@click.option("--accept-timeout", type=click.FloatRange(min=0, min_open=True), metavar="S",
-              help="Seconds to wait for a good handshake. Default: no limit.")  # fmt: skip
+@click.option(
+    "--accept-timeout",
+    type=float,
+    callback=_parse_seconds,
+    metavar="S",
+    help="Seconds to wait for a good handshake. Default: no limit.",
+)
 def serve(
     socket_path: Path,
     memory: Path,
@@ -117,16 +126,17 @@ def serve(
         raise UsageError("--journal: not supported yet", hint="serve without it; a VM whose server dies stays frozen")
     if sum((record is not None, replay is not None, no_prefetch)) > 1:
         raise UsageError("--record, --replay and --no-prefetch exclude each other")
+    _check_outputs(memory, record, stats)
     settings = Settings.read()
-    identity = _check_record(record, memory)
+    signals = _begin()
+    identity = _identity(memory) if record is not None else ""
     service = _service(memory, replay, record, no_prefetch, settings)
     server = serve_pages(
-        socket_path, memory, service, owner=owner, core=settings.core, accept_seconds=accept_timeout, warn=_warn
+        socket_path, memory, service, owner=owner, core=settings.core, accept_seconds=accept_timeout, warn=warn
     )
-    ended = _serve_ready(server, stats)
-    if record is not None:
-        _write_record(record, identity, server, ended)
-    _leave(server, ended)
+    ended = _serve_ready(server, signals, stats)
+    failure = None if record is None else _write_record(record, identity, server, ended)
+    _leave(server, ended, failure)
 
 
 @pages.command(context_settings={"ignore_unknown_options": True})
@@ -136,19 +146,36 @@ def adopt(options: tuple[str, ...]) -> NoReturn:
     raise UsageError("pages adopt: not supported yet", hint="kill the VM and create it again")
 
 
-def _check_record(record: Path | None, memory: Path) -> str:
-    """The identity of what will be recorded; a recording must not be lost for a typo in the end."""
-    if record is None:
-        return ""
-    if not os.access(record.absolute().parent, os.W_OK):
-        raise VmdError(f"record {record}: the directory does not exist or cannot be written")
-    return _identity(memory)
+def _begin() -> Signals:
+    """From here on a signal is heard, not died of; descriptors 0 to 2 are standard streams, if only /dev/null."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    signals = Signals()
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115  (an error must not turn to stdout)
+    os.umask(os.umask(0o077) & 0o077)  # the socket's mode is 0600 under any umask
+    return signals
 
 
-def _serve_ready(server: PageServer, stats: Path | None) -> Ended:
-    serving = Serving(server, say=_say, stats_path=stats)
+def _check_outputs(memory: Path, record: Path | None, stats: Path | None) -> None:
+    """A recording must not be lost in the end, nor a memory file overwritten, for a typo."""
+    for option, path in (("--record", record), ("--stats", stats)):
+        if path is not None and path.exists() and memory.exists() and path.samefile(memory):
+            raise UsageError(f"{option} {path}: this is the memory file")
+    if record is not None and (record.is_dir() or not os.access(record.absolute().parent, os.W_OK)):
+        raise VmdError(f"record {record}: it is a directory, or its directory does not exist or cannot be written")
+
+
+def _serve_ready(server: PageServer, signals: Signals, stats: Path | None) -> Ended:
+    serving = Serving(server, signals, stats_path=stats)
     serving.write_stats()
-    print("ready", flush=True)
+    try:
+        os.write(1, b"ready\n")
+    except OSError as failure:
+        server.close()
+        raise VmdError(f"ready: write to stdout: {failure.strerror}") from failure
     return serving.run()
 
 
@@ -167,7 +194,7 @@ def _service(
         recording = _read_recording(memory, memory_bytes, replay)
     except VmdError as failure:
         refused = str(failure)
-        _warn(f"{refused}; serving without replay")
+        warn(f"{refused}; serving without replay")
         return lambda _: Service(Beside.NOTHING, refused=refused)
     return lambda page_size: Service(Beside.REPLAY, offsets_for(recording, page_size), skipped=recording.skipped)
 
@@ -178,7 +205,7 @@ def _read_recording(memory: Path, memory_bytes: int, replay: Path) -> Recording:
     if why:
         raise VmdError(f"replay {replay}: {why}")
     if recording.skipped:
-        _warn(f"replay {replay}: {recording.skipped} bad lines skipped")
+        warn(f"replay {replay}: {recording.skipped} bad lines skipped")
     return recording
 
 
@@ -192,22 +219,28 @@ def _identity(memory: Path) -> str:
         return image.identity()
 
 
-def _write_record(record: Path, identity: str, server: PageServer, ended: Ended) -> None:
-    """Write what was touched; an old file stays when there was no VM, or it could not be served."""
+def _write_record(record: Path, identity: str, server: PageServer, ended: Ended) -> str | None:
+    """Write what was touched; an old file stays when there was no VM, or it could not be served.
+
+    Returns what went wrong: there is still something to say of the VM.
+    """
     page_size = server.stats()["page_size"]
     if page_size is None or ended.reason is EndReason.FAILED:
-        return
+        return None
     word = "exited" if ended.reason is EndReason.GONE else "stopped"
     offsets = array("Q", server.touched())
-    write_access_log(record, Recording(page_size, offsets, memory=identity, ended=word))
+    try:
+        write_access_log(record, Recording(page_size, offsets, memory=identity, ended=word))
+    except VmdError as failure:
+        return f"record: {failure}"
+    return None
 
 
-def _leave(server: PageServer, ended: Ended) -> NoReturn:
+def _leave(server: PageServer, ended: Ended, failure: str | None) -> NoReturn:
     stats = server.stats()
     if ended.reason is EndReason.STOPPED and stats["vmm_pid"] is not None:
-        _warn(f"vmm {stats['vmm_pid']} left frozen; there is no journal to adopt it by")
-    line = exit_line(ended, stats["poisoned"])
-    if line is not None:
-        _say(f"vmd: error: {line}")
-    sys.stdout.flush()
-    os._exit(1 if line is not None else 0)  # at once: tearing the interpreter down takes 10 ms and more
+        warn(f"vmm {stats['vmm_pid']} left frozen; there is no journal to adopt it by")
+    why = "; ".join(line for line in (exit_line(ended, stats["poisoned"]), failure) if line)
+    if why:
+        say(f"vmd: error: {why}")
+    os._exit(1 if why else 0)  # at once: tearing the interpreter down takes 10 ms and more

@@ -25,7 +25,7 @@ from ..errors import HandshakeRefused, PagesFailed, VmdError
 from .contract import Beside, Service
 from .handshake import Listener
 from .server import PageServer
-from .serving import Serving, exit_line
+from .serving import Serving, Signals, exit_line, say
 from .source import Image
 
 STATS_FILE = "pages.json"
@@ -165,6 +165,7 @@ def _spawn(order: _Order, log: Path) -> subprocess.Popen[bytes]:
 
 def main() -> int:
     """Serve as the order on the command line says; the exit code is that of `pages serve`."""
+    signals = Signals()
     order = _Order(**json.loads(sys.argv[1]))
     os.set_inheritable(order.report, False)
     try:
@@ -173,7 +174,7 @@ def main() -> int:
         _report(order.report, {"error": str(failure)})
         return _say_error(str(failure))
     server.handshaken.add_done_callback(lambda future: _report(order.report, _news(future)))
-    ended = Serving(server, say=_say, stats_path=Path(order.directory, STATS_FILE)).run()
+    ended = Serving(server, signals, stats_path=Path(order.directory, STATS_FILE)).run()
     line = exit_line(ended, server.counters().poisoned)
     return _say_error(line) if line else 0
 
@@ -217,12 +218,8 @@ def _report(fd: int, news: dict[str, Any]) -> None:
             os.close(fd)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _say_error(line: str) -> int:
-    _say(f"vmd: error: {line}")
+    say(f"vmd: error: {line}")
     return 1
 
 
