@@ -13,6 +13,7 @@ from ..errors import PagesFailed, VmdError
 from .contract import Counters, Ended, EndReason, PageCore, Service
 from .cores import core_name, make_core
 from .handshake import Handshake, Listener, receive
+from .regions import Regions
 from .source import Image
 from .stats import report
 
@@ -81,6 +82,11 @@ class PageServer:
     def counters(self) -> Counters:
         """The core's counters; all zero before the handshake."""
         return self._core.counters() if self._core else Counters()
+
+    @property
+    def regions(self) -> Regions | None:
+        """The VM's memory map; None before the handshake."""
+        return self._handshake.regions if self._handshake else None
 
     def touched(self) -> list[int]:
         """File offsets of the pages that were faulted on, first-touch order (RECORD only)."""
