@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import template as templates
+from .backend import Asked, Request
 from .errors import NotFound, UsageError, VmdError
 from .pages.detached import DetachedPages, read_stats
-from .backend import Asked, Request
 from .restore import Restored, finish, restore
 from .settings import Settings
 from .states import State, guard, observed

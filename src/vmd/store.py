@@ -175,22 +175,29 @@ def sweep_runs(settings: Settings) -> list[Path]:
 
 def _kill_processes_of(directory: Path) -> None:
     """Kill what works in ``directory`` or was told a path in it, and wait for the end."""
-    pidfds = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(int(entry.name))
-                pidfds.append(pidfd)  # looked at only now, while the pidfd keeps the pid from being reused
-                if _belongs(entry, directory):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                else:
-                    os.close(pidfds.pop())
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    killed = [pidfd for pid in pids if pid != os.getpid() and (pidfd := _kill_if_of(pid, directory)) is not None]
     deadline = time.monotonic() + limits.VMM_KILL_SECONDS
-    for pidfd in pidfds:
+    for pidfd in killed:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         os.close(pidfd)
+
+
+def _kill_if_of(pid: int, directory: Path) -> int | None:
+    """Kill the process if it belongs to ``directory``; its pidfd then, which the caller closes."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    # Looked at only now: while the pidfd is open, a living process keeps the pid.
+    with contextlib.suppress(OSError):
+        if _belongs(Path("/proc", str(pid)), directory):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return pidfd
+    os.close(pidfd)
+    return None
 
 
 def _belongs(process: Path, directory: Path) -> bool:

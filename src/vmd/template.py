@@ -23,11 +23,11 @@ from typing import Any
 
 from . import guest, limits
 from . import snapshot as snapshots
+from .backend import Request
 from .errors import Conflict, NotFound, SnapshotError, UsageError, VmdError
 from .pages.server import PageServer
 from .pages.source import Image
 from .recording import Recording, read_access_log, settled, write_access_log
-from .backend import Request
 from .restore import Restored, finish, restore
 from .settings import Settings
 from .snapshot import PAGE_SIZES, Snapshot
