@@ -60,17 +60,16 @@ class Listener:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100
         self._inode = None
         try:
-            listening = socket.socket(fileno=os.dup(fd))
+            listening = socket.socket(fileno=fd)
+            listens = listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as failure:
             raise VmdError(f"socket {self.path}: inherited descriptor {fd}: {failure.strerror}") from failure
-        self._socket = listening
-        if (listening.family, listening.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listening.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-        ):
-            self.close()
+        if not listens or (listening.family, listening.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            listening.detach()
             raise VmdError(f"socket {self.path}: inherited descriptor {fd} is not a listening unix stream socket")
-        os.close(fd)
+        self._socket = listening
         listening.setblocking(False)
+        os.set_inheritable(fd, False)
         with suppress(OSError):
             self._inode = _inode(self.path)
         return self

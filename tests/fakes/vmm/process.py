@@ -192,7 +192,8 @@ class Commands:
         fds = [self._descriptor(kind) for kind in descriptors]
         body = base64.b64decode(data)
         sent = socket.send_fds(self.peer, [body], fds) if fds else 0
-        self.peer.sendall(body[sent:])
+        if body[sent:]:
+            self.peer.sendall(body[sent:])
         for fd in fds:
             os.close(fd)
 
