@@ -8,6 +8,11 @@ from .contract import PageCore, Service
 from .handshake import Handshake
 from .source import Image
 
+CORE_VERSION = "0.1.0"
+"""The two distributions are released together; the contract between them has no other version."""
+
+_BUILD = "build it with `make develop`"
+
 
 def core_name(wanted: str | None = None) -> str:
     """``native`` or ``reference``: ``wanted``, else ``VMD_CORE``, else native when installed.
@@ -18,11 +23,13 @@ def core_name(wanted: str | None = None) -> str:
     if wanted == "reference":
         return wanted
     try:
-        import vmd_core  # noqa: F401
+        import vmd_core
     except ImportError as missing:
         if wanted == "native":
-            raise VmdError(f"core native: {missing}", hint="build it with `make develop`") from missing
+            raise VmdError(f"core native: {missing}", hint=_BUILD) from missing
         return "reference"
+    if vmd_core.VERSION != CORE_VERSION:
+        raise VmdError(f"core native: expected version {CORE_VERSION}, got {vmd_core.VERSION}", hint=_BUILD)
     return "native"
 
 
