@@ -60,7 +60,7 @@ def default_run_dir() -> str:
 
 def _filesystem(path: str) -> str:
     kind = ""
-    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+    with Path("/proc/self/mounts").open(encoding="utf-8", errors="replace") as mounts:
         for line in mounts:
             fields = line.split()
             if fields[1] == path:
