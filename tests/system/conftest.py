@@ -112,7 +112,8 @@ class Cli:
 
     def json(self, *words: str, **env: str) -> Any:
         """Run it with ``--json``; it must succeed, say nothing on stderr, and print one JSON value."""
-        done = self(*words, "--json", **env)
+        at = words.index("--") if "--" in words else len(words)
+        done = self(*words[:at], "--json", *words[at:], **env)
         assert (done.returncode, done.stderr) == (0, ""), done
         return json.loads(done.stdout)
 
