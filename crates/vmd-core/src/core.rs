@@ -74,10 +74,11 @@ impl Core {
 fn serve(vm: &Vm, beside: Beside) -> Ended {
     let record = matches!(beside, Beside::Record);
     std::thread::scope(|scope| {
-        let filler = std::thread::Builder::new().name("vmd-install".into()).stack_size(STACK_BYTES);
-        let filler = filler.spawn_scoped(scope, || vm.stats().cpu.measure(|| run_filler(vm, beside)));
-        if let Err(error) = filler {
-            vm.warn(format!("no replay, no prefetch: {error}"));
+        if matches!(beside, Beside::Replay(_) | Beside::Sequential(_)) {
+            let filler = std::thread::Builder::new().name("vmd-install".into()).stack_size(STACK_BYTES);
+            if let Err(error) = filler.spawn_scoped(scope, || run_filler(vm, beside)) {
+                vm.warn(format!("no replay, no prefetch: {error}"));
+            }
         }
         let serving = || catch_unwind(AssertUnwindSafe(|| faults::serve(vm, record)));
         let ended = vm.stats().cpu.measure(serving);
@@ -91,21 +92,30 @@ fn serve(vm: &Vm, beside: Beside) -> Ended {
     })
 }
 
+/// Whatever becomes of the filler, demand goes on.
 fn run_filler(vm: &Vm, beside: Beside) {
+    let filling = || catch_unwind(AssertUnwindSafe(|| fill_beside(vm, beside)));
+    let why = match vm.stats().cpu.measure(filling) {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "the filler panicked".to_string(),
+    };
+    vm.warn(format!("replay or prefetch ends, demand goes on: {why}"));
+}
+
+fn fill_beside(vm: &Vm, beside: Beside) -> std::io::Result<()> {
     let counters = &vm.stats().counters;
-    let result = match beside {
-        Beside::Nothing | Beside::Record => return,
+    match beside {
+        Beside::Nothing | Beside::Record => {}
         Beside::Replay(offsets) => {
             let pages = recorded(vm, &offsets);
             vm.stats().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
-            let runs = Runs::new(vm, pages.into_iter(), data_run_max(vm));
-            fill(vm, runs, &counters.replayed).inspect(|&whole| vm.stats().replay_done.store(whole, Ordering::Relaxed))
+            let whole = fill(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), &counters.replayed)?;
+            vm.stats().replay_done.store(whole, Ordering::Relaxed);
         }
         Beside::Sequential(bytes_max) => {
-            fill(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), &counters.prefetched)
+            fill(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), &counters.prefetched)?;
         }
-    };
-    if let Err(error) = result {
-        vm.warn(format!("no replay, no prefetch: {error}"));
     }
+    Ok(())
 }

@@ -208,7 +208,12 @@ impl FaultThread<'_> {
 
     /// Install the page of a demand fault. False: it has to wait.
     fn install(&mut self, page: usize) -> Result<bool, Ended> {
-        if self.vm.states.get(page) != State::Absent || self.vm.is_hole(page) {
+        let state = self.vm.states.get(page);
+        if state == State::Poisoned {
+            self.vm.uffd.wake(self.vm.regions.address(page), self.vm.regions.page_size);
+            return Ok(true); // its touch is a SIGBUS now
+        }
+        if state != State::Absent || self.vm.is_hole(page) {
             let outcome = self.vm.zero(page, 1);
             return self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.zero, 1));
         }
