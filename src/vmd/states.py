@@ -69,7 +69,7 @@ def move(state: State, event: Event) -> State:
     try:
         return MOVES[state, event]
     except KeyError:
-        raise Conflict(f"a sandbox that is {state} cannot take {event!r}") from None
+        raise Conflict(f"a sandbox that is {state} cannot take '{event}'") from None
 
 
 def guard(sandbox_id: str, state: State, verb: str) -> None:
