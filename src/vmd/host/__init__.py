@@ -1,0 +1,1 @@
+"""The machine that vmd runs on: its kernel (`kernel`), its file systems (`filesystem`)."""
