@@ -121,7 +121,7 @@ class Registry:
         except FileExistsError:
             raise Conflict(f"{path} exists") from None
         fd = os.open(path / OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # a sweeper that looks from outside may hold it for a moment
         return Owned(path, fd)
 
     def entries(self) -> list[Path]:

@@ -52,7 +52,8 @@ def test_another_version_is_refused_with_a_word(snapshot: Snapshot, change: dict
 
 
 def test_a_manifest_without_it_is_refused(snapshot: Snapshot) -> None:
-    for none in (None, [], "x"):
+    nones: tuple[object, ...] = (None, [], "x")
+    for none in nones:
         with pytest.raises(SnapshotError, match="the manifest does not describe it"):
             snapshots.load(snapshot.directory, none)
     saved = snapshot.save()
