@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import mmap
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -217,3 +221,48 @@ def test_restores_at_once_are_bounded_and_a_waiter_can_be_cancelled(
 
     run(story())
     assert left_in(settings) == []
+
+
+@pytest.mark.seed(1)
+def test_a_load_reads_next_to_nothing_of_a_cold_memory(
+    request_for: RequestFor, template: Template, settings: Settings, run: Run
+) -> None:
+    async def story() -> float:
+        evict(template.snapshot.memory)
+        assert resident(template.snapshot.memory) == 0
+        restored = await restore(request_for(), replace(settings, prefetch_enabled=False), resume=False)
+        try:
+            return resident(template.snapshot.memory)
+        finally:
+            await finish(restored.close())
+
+    assert run(story()) < 0.01
+
+
+def evict(file: Path) -> None:
+    """Drop the file from the page cache."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def resident(file: Path) -> float:
+    """The share of the file that is in the page cache, by mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    size = file.stat().st_size
+    fd = os.open(file, os.O_RDONLY)
+    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+    try:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        assert libc.mincore(address, size, pages) == 0
+        assert libc.munmap(address, size) == 0
+    finally:
+        os.close(fd)
+    return sum(byte & 1 for byte in pages.raw) / len(pages.raw)
