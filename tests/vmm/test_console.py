@@ -71,9 +71,9 @@ def test_only_the_answer_to_this_question_counts(guest: Guest) -> None:
 
     def answer(tag: bytes, command: bytes) -> None:
         assert command == b"sweep pages=1"
-        guest.say(b"ne\n#deadbeef wrong\nnoise\n\n" + tag[:4])
+        guest.say(b"ne\n#deadbeef wrong\nnoise\n\n" + tag[:2])
         time.sleep(0.01)
-        guest.say(tag[4:] + b" ok pages=1\r\nnoise\n")
+        guest.say(tag[2:] + b" ok pages=1\r\nnoise\n")
 
     with guest.answering(answer):
         assert ask(guest, "sweep pages=1") == "ok pages=1"
@@ -91,7 +91,7 @@ def test_what_is_not_one_line_of_ascii_is_refused(guest: Guest, line: str) -> No
 
 
 def test_the_longest_command_fits_and_one_more_does_not(guest: Guest) -> None:
-    longest = limits.CONSOLE_LINE_BYTES_MAX - 10
+    longest = limits.CONSOLE_LINE_BYTES_MAX - 6
     with guest.answering(lambda tag, command: guest.say(tag + b" %d\n" % len(command))):
         assert ask(guest, "x" * longest) == str(longest)
     with pytest.raises(UsageError, match=f"a command of {longest + 1} bytes; {longest} is the most"):
