@@ -37,7 +37,7 @@ def write_log(path: Path, offsets: Iterable[int], header: Sequence[str] = ()) ->
     return path
 
 
-def log_of(memory: Path, page_size: int = PAGE, **changed: str) -> list[str]:
+def log_of(memory: Path, page_size: int = PAGE, /, **changed: str) -> list[str]:
     """Header lines of a log that was recorded on ``memory``."""
     keys = {"memory": identity(memory), "page-size": str(page_size), "ended": "exited", **changed}
     return ["# vmd access-log 1", *(f"# {key}: {value}" for key, value in keys.items())]
