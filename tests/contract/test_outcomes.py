@@ -79,7 +79,7 @@ def test_a_fault_that_waits_too_long_fails_the_vm(serve: Serve, monkeypatch: pyt
     served = serve(4, service=injected("copy", Outcome.LATER, FOR_EVER))
     address = served.vmm.regions.address(DATA)
     start = time.monotonic()
-    served.vmm.start("read", [DATA])
+    served.vmm.start_last("read", [DATA])
     error = served.fails()
     assert time.monotonic() - start >= 0.2
     assert f"{address:#x}" in error
@@ -91,7 +91,7 @@ def test_memory_that_is_not_registered_fails_the_vm(
 ) -> None:
     op, page = op_and_page
     served = serve(make_image(4, holes={HOLE}), service=injected(op, Outcome.EDGE))
-    served.vmm.start("read", [page])
+    served.vmm.start_last("read", [page])
     assert f"{served.vmm.regions.address(page):#x}" in served.fails()
 
 
@@ -100,7 +100,7 @@ def test_an_address_space_that_went_without_its_process_fails_the_vm(
 ) -> None:
     op, page = op_and_page
     served = serve(make_image(4, holes={HOLE}), service=injected(op, Outcome.GONE))
-    served.vmm.start("read", [page])
+    served.vmm.start_last("read", [page])
     assert "memory" in served.fails()
 
 
@@ -109,7 +109,7 @@ def test_any_other_errno_fails_the_vm_and_is_named(
 ) -> None:
     op, page = op_and_page
     served = serve(make_image(4, holes={HOLE}), service=injected(op, Outcome.FATAL, number=ENOMEM))
-    served.vmm.start("read", [page])
+    served.vmm.start_last("read", [page])
     error = served.fails()
     assert "Cannot allocate memory" in error
     assert f"{served.vmm.regions.address(page):#x}" in error

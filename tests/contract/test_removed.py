@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from tests.contract.world import WHOLE_BYTES, MakeImage, Serve
@@ -12,6 +14,14 @@ from vmd.pages.handshake import Handshake
 from vmd.pages.regions import HUGE_PAGE
 
 pytestmark = [pytest.mark.needs_uffd, pytest.mark.seed(13)]
+
+
+def holds(vmm: FakeVmm, pages: set[int]) -> bool:
+    return vmm.resident() >= pages
+
+
+def nobody_waits(vmm: FakeVmm) -> bool:
+    return vmm.blocked() == 0
 
 
 def test_removed_before_it_was_ever_touched(serve: Serve) -> None:
@@ -77,7 +87,7 @@ def test_removed_while_the_filler_runs(serve: Serve, make_image: MakeImage, besi
         gone = set(range(seed, 2048, 16))
         served.vmm.start("remove", gone, threads=3, split=True).wait()
         kept = set(range(2048)) - gone
-        eventually(lambda served=served, kept=kept: served.vmm.resident() >= kept, "the rest is in")  # type: ignore[misc]
+        eventually(partial(holds, served.vmm, kept), "the rest is in")
         assert served.vmm.resident() == kept
         verdicts = served.vmm.verdicts()
         assert verdicts == ["zero" if page in gone or page in image.holes else "image" for page in range(2048)]
@@ -107,7 +117,7 @@ def test_a_fault_that_was_read_before_the_remove(serve: Serve) -> None:
     for _ in range(5):
         served = serve(8, before=fault_then_remove)
         served.racy = True
-        eventually(lambda served=served: served.vmm.blocked() == 0, "the fault is served")  # type: ignore[misc]
+        eventually(partial(nobody_waits, served.vmm), "the fault is served")
         assert served.vmm.verdicts([3]) == ["zero"]
         assert served.at_rest().demand == 0
 

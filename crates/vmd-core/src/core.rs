@@ -65,6 +65,8 @@ impl Core {
             let thread = self.thread.lock().unwrap().take();
             let how = thread.map_or(Ok(Ended::Stopped), JoinHandle::join);
             *ended = Some(how.unwrap_or_else(|_| Ended::Failed("the fault thread panicked".into())));
+            self.outside.stop.close();
+            self.outside.ended.close();
         }
         ended.clone().expect("set above")
     }
@@ -88,8 +90,16 @@ fn serve(vm: &Vm, beside: Beside) -> Ended {
         if matches!(ended, Ended::Failed(_)) {
             vm.process.kill(); // a VM that cannot be served must not hang
         }
+        tell_lost_pages(vm);
         ended
     })
+}
+
+fn tell_lost_pages(vm: &Vm) {
+    let lost = vm.stats().counters.poisoned.load(Ordering::Relaxed);
+    if lost > vm.limits.poison_lines_max {
+        vm.warn(format!("{} more pages could not be read", lost - vm.limits.poison_lines_max));
+    }
 }
 
 /// Whatever becomes of the filler, demand goes on.

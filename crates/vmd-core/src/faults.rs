@@ -5,6 +5,7 @@
 //! parked and retried by a timer; it is served in the end, or its VM is failed. None is dropped.
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,9 @@ impl FaultThread<'_> {
 
     /// Sleep until there is something to do: a message, a parked fault's time, stop or exit.
     fn wait(&self) -> Result<(), Ended> {
+        if self.vm.process.0.is_none() {
+            return Err(Ended::Gone);
+        }
         let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut fds = [self.vm.uffd.raw(), self.vm.outside.stop.raw(), self.vm.process.raw()].map(entry);
         let nanos = self.retry_after.subsec_nanos() as libc::c_long;
@@ -91,7 +95,7 @@ impl FaultThread<'_> {
         // SAFETY: three valid pollfds, a null or valid timeout, no signal mask. Whatever it
         // returns (a time-out and EINTR included), `revents` says what there is to do.
         unsafe { libc::ppoll(fds.as_mut_ptr(), 3, timeout, std::ptr::null()) };
-        if fds[2].revents != 0 || self.vm.process.0.is_none() {
+        if fds[2].revents != 0 {
             return Err(Ended::Gone);
         }
         if fds[1].revents != 0 {
@@ -139,10 +143,17 @@ impl FaultThread<'_> {
         match message.event {
             abi::EVENT_PAGEFAULT => self.take_fault(message.second, read_at)?,
             abi::EVENT_REMOVE | abi::EVENT_UNMAP => self.remove(message.first, message.second),
-            abi::EVENT_FORK => self.vm.warn("userfaultfd: a FORK event, which was not asked for, is ignored".into()),
-            other => self.vm.warn(format!("userfaultfd: unknown event {other:#x} is ignored")),
+            abi::EVENT_FORK => self.close_child(message.first as RawFd),
+            other => self.vm.warn(format!("userfaultfd: an unknown event, {other:#x}, is ignored")),
         }
         Ok(())
+    }
+
+    /// The child's userfaultfd came with the message: nobody else knows of it.
+    fn close_child(&self, fd: RawFd) {
+        // SAFETY: the kernel made this descriptor for the reader of the message, which is us.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        self.vm.warn("userfaultfd: a FORK event, which was not asked for, is ignored".into());
     }
 
     fn take_fault(&mut self, address: u64, read_at: Instant) -> Result<(), Ended> {

@@ -103,14 +103,30 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
         if vm.is_ending() {
             return false;
         }
-        let offset = vm.regions.offset(run.pages.start);
-        // A page that cannot be read is left to demand, which names and poisons it.
-        if run.hole || vm.image.read(&mut buffer.bytes()[filled..filled + bytes], offset).is_ok() {
+        for (run, bytes) in readable(vm, run, &mut buffer.bytes()[filled..filled + bytes]) {
             taken.push((run, filled));
             filled += bytes;
         }
     }
     full.send(Chunk { buffer, runs: taken }).is_ok()
+}
+
+/// The run with its bytes read, or what can be read of it, page by page, bytes one after the other.
+///
+/// A page that cannot be read is left to demand, which names and poisons it.
+fn readable(vm: &Vm, run: Run, bytes: &mut [u8]) -> Vec<(Run, usize)> {
+    let page_size = vm.regions.page_size;
+    if run.hole || vm.image.read(bytes, vm.regions.offset(run.pages.start)).is_ok() {
+        return vec![(run, bytes.len())];
+    }
+    let mut parts = Vec::new();
+    for page in run.pages {
+        let at = parts.len() * page_size as usize;
+        if vm.image.read(&mut bytes[at..at + page_size as usize], vm.regions.offset(page)).is_ok() {
+            parts.push((Run { pages: page..page + 1, hole: false }, page_size as usize));
+        }
+    }
+    parts
 }
 
 // ---- the installer -------------------------------------------------------------------------

@@ -8,14 +8,16 @@ use std::os::unix::fs::FileExt;
 /// An open memory file and the byte ranges of it that hold data; the rest are holes: known zeros.
 pub struct Image {
     file: File,
+    size: u64,
     extents: Vec<(u64, u64)>,
 }
 
 impl Image {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
-        let extents = data_extents(&file)?;
-        Ok(Self { file, extents })
+        let size = file.metadata()?.len();
+        let extents = data_extents(&file, size)?;
+        Ok(Self { file, size, extents })
     }
 
     /// Fill `buffer` from `offset`. A file that ends inside is an error like a bad sector.
@@ -34,16 +36,18 @@ impl Image {
         read == buffer.len() as isize
     }
 
-    /// Whether no byte of the range is in a data extent.
+    /// Whether no byte of the range is in a data extent. What is past the end is lost, not a hole.
     pub fn is_hole(&self, offset: u64, len: u64) -> bool {
+        if offset + len > self.size {
+            return false;
+        }
         let next = self.extents.partition_point(|&(_, end)| end <= offset);
         self.extents.get(next).is_none_or(|&(start, _)| start >= offset + len)
     }
 }
 
 /// lseek(2) SEEK_DATA and SEEK_HOLE; a file system without holes reports one extent.
-fn data_extents(file: &File) -> io::Result<Vec<(u64, u64)>> {
-    let size = file.metadata()?.len();
+fn data_extents(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
     let mut extents = Vec::new();
     let mut position = 0;
     while position < size {
@@ -70,12 +74,13 @@ mod tests {
     #[test]
     fn holes_are_what_no_extent_touches() {
         let file = File::open("/dev/null").unwrap();
-        let image = Image { file, extents: vec![(4096, 8192), (16384, 20480)] };
+        let image = Image { file, size: 1 << 20, extents: vec![(4096, 8192), (16384, 20480)] };
         assert!(image.is_hole(0, 4096));
         assert!(!image.is_hole(0, 4097));
         assert!(!image.is_hole(4096, 4096));
         assert!(image.is_hole(8192, 8192));
         assert!(!image.is_hole(8192, 8193));
-        assert!(image.is_hole(20480, 1 << 20));
+        assert!(image.is_hole(20480, (1 << 20) - 20480));
+        assert!(!image.is_hole(20480, 1 << 20));
     }
 }

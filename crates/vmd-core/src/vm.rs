@@ -152,8 +152,8 @@ impl Process {
     }
 }
 
-/// An eventfd that is either clear or set.
-pub struct EventFd(OwnedFd);
+/// An eventfd that is clear or set, and closed by its owner when nobody waits for it any more.
+pub struct EventFd(Mutex<Option<OwnedFd>>);
 
 impl EventFd {
     pub fn new() -> io::Result<Self> {
@@ -161,18 +161,25 @@ impl EventFd {
         unsafe {
             match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
                 -1 => Err(io::Error::last_os_error()),
-                fd => Ok(Self(OwnedFd::from_raw_fd(fd))),
+                fd => Ok(Self(Mutex::new(Some(OwnedFd::from_raw_fd(fd))))),
             }
         }
     }
 
+    /// The descriptor, to wait for; -1 after `close`.
     pub fn raw(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.0.lock().unwrap().as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 
     pub fn set(&self) {
-        let one = 1u64;
-        // SAFETY: writes eight bytes from a valid place. It can only fail when it is set already.
-        unsafe { libc::write(self.raw(), (&raw const one).cast(), 8) };
+        if let Some(fd) = &*self.0.lock().unwrap() {
+            let one = 1u64;
+            // SAFETY: writes eight bytes from a valid place. It can only fail when it is set already.
+            unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+        }
+    }
+
+    pub fn close(&self) {
+        self.0.lock().unwrap().take();
     }
 }
