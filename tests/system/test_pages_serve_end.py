@@ -213,7 +213,7 @@ def test_replay_and_prefetch_leave_lost_pages_to_demand(
     pages = 1 << 15
     memory = make_memory(pages)
     log = write_log(tmp_path / "log", range(0, pages * PAGE, PAGE), log_of(memory))
-    server = serve_pages(memory, *(["--replay", log] if mode == "replay" else []), core=core)
+    server = serve_pages(memory, *(("--replay", log) if mode == "replay" else ()), core=core)
     vmm = make_vmm(memory)
     vmm.handshake(server.socket)
     cut(memory, 16)  # long before they get to the end
