@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from . import template as templates
@@ -24,6 +25,7 @@ from .pages.cores import core_name
 from .restore import finish, restore
 from .settings import Settings
 from .template import Shape, Template
+from .vmm.process import find_firecracker
 
 NAME = "demo"
 RUNS, MEM_MIB = 20, 512
@@ -166,6 +168,7 @@ async def prepare(
         found = templates.load(settings, NAME)
         if found.shape == shape and found.access_log.exists():
             found.snapshot.check()
+            found.snapshot.require_format(Path(find_firecracker(settings)))
             return found
         templates.remove(settings, NAME)
     except NotFound:

@@ -248,10 +248,13 @@ class Restored:
         if self._handshaken is None:
             await self._while_alive(self._load_snapshot(began, resume))
         else:
-            await self._while_alive(_both(self._load_snapshot(began, resume), self._shake_hands(began)))
+            await self._while_alive(self._load_and_shake_hands(began, resume))
         await self._at(Step.LOAD)
         if self._handshaken is not None:
             await self._at(Step.HANDSHAKE)
+
+    async def _load_and_shake_hands(self, began: float, resume: bool) -> None:
+        await _both(self._load_snapshot(began, resume), self._shake_hands(began))
 
     async def _load_snapshot(self, began: float, resume: bool) -> None:
         snapshot = self.request.snapshot

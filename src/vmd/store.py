@@ -28,6 +28,9 @@ from .settings import Settings
 OWNER = "owner"
 RECORD = "sandbox.json"
 
+# How the process of a detached page server was started; its run directory is in its order, as JSON.
+_PAGES_MODULE = b"vmd.pages.detached"
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace ``path`` by ``content`` in one step that a crash cannot halve: temporary, fsync, rename."""
@@ -124,6 +127,11 @@ class Registry:
         fcntl.flock(fd, fcntl.LOCK_EX)  # a sweeper that looks from outside may hold it for a moment
         return Owned(path, fd)
 
+    def take_over_dead(self) -> list[Owned]:
+        """Own every directory whose owner is dead, so that it can be cleaned up in peace; call it `locked`."""
+        locks = ((entry, _lock_of_dead(entry)) for entry in self.entries())
+        return [Owned(entry, fd) for entry, fd in locks if fd is not None]
+
     def entries(self) -> list[Path]:
         """The directories in it, sorted by name; empty when the registry does not exist."""
         try:
@@ -140,17 +148,25 @@ class Registry:
 
 def owner_is_dead(path: Path) -> bool:
     """Whether the directory's ``owner`` file exists and nobody holds its lock."""
+    fd = _lock_of_dead(path)
+    if fd is None:
+        return False
+    os.close(fd)
+    return True
+
+
+def _lock_of_dead(path: Path) -> int | None:
+    """The lock of a dead owner, taken; the caller closes it. None when the owner lives or there is none."""
     try:
         fd = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    finally:
         os.close(fd)
-    return True
+        return None
+    return fd
 
 
 def sweep_runs(settings: Settings) -> list[Path]:
@@ -162,19 +178,20 @@ def sweep_runs(settings: Settings) -> list[Path]:
     if not any(owner_is_dead(entry) for entry in registry.entries()):
         return []
     with registry.locked():
-        dead = [entry for entry in registry.entries() if owner_is_dead(entry)]
-        complete = [entry for entry in dead if (settings.state_dir / "sandboxes" / entry.name / RECORD).exists()]
-        for entry in complete:
-            (entry / OWNER).unlink(missing_ok=True)
-        for entry in set(dead) - set(complete):
-            _kill_processes_of(entry)
-            shutil.rmtree(settings.state_dir / "sandboxes" / entry.name, ignore_errors=True)
-            shutil.rmtree(entry, ignore_errors=True)
-    return dead
+        dead = registry.take_over_dead()
+    for owned in dead:
+        home = settings.state_dir / "sandboxes" / owned.path.name
+        if (home / RECORD).exists():
+            owned.disown()
+        else:
+            _kill_processes_of(owned.path)
+            shutil.rmtree(home, ignore_errors=True)
+            owned.discard()
+    return [owned.path for owned in dead]
 
 
 def _kill_processes_of(directory: Path) -> None:
-    """Kill what works in ``directory`` or was told a path in it, and wait for the end."""
+    """Kill the VMM and the page server of ``directory``, and wait for their end."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     killed = [pidfd for pid in pids if pid != os.getpid() and (pidfd := _kill_if_of(pid, directory)) is not None]
     deadline = time.monotonic() + limits.VMM_KILL_SECONDS
@@ -201,8 +218,8 @@ def _kill_if_of(pid: int, directory: Path) -> int | None:
 
 
 def _belongs(process: Path, directory: Path) -> bool:
+    """Whether it is a VMM that works in ``directory`` or a page server that was told of it; nobody's shell."""
     arguments = (process / "cmdline").read_bytes().split(b"\0")
-    if (process / "cwd").readlink() == directory:
-        return True
-    names = (os.fsencode(directory) + b"/", b'"' + os.fsencode(directory) + b'"')  # a path in it, itself in JSON
-    return any(name in word for word in arguments for name in names)
+    if b"--api-sock" in arguments:
+        return (process / "cwd").readlink() == directory
+    return _PAGES_MODULE in arguments and any(b'"' + os.fsencode(directory) + b'"' in word for word in arguments)

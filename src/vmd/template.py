@@ -340,6 +340,8 @@ def _load(directory: Path) -> Template | None:
         saved = read_json(directory / MANIFEST, what)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except VmdError as broken:
+        raise SnapshotError(str(broken), hint="build it anew") from broken
     if saved.get("schema") != SCHEMA:
         raise SnapshotError(f"{what}: schema {saved.get('schema')!r}, this vmd reads {SCHEMA}", hint="build it anew")
     try:

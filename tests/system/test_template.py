@@ -20,7 +20,7 @@ from tests.system.conftest import NAME, SHAPE, START, Cli, Run, left_in, numbers
 from vmd import sandbox
 from vmd import template as templates
 from vmd.backend import Request
-from vmd.errors import BackendUnavailable, Conflict, NotFound, UsageError, VmdError
+from vmd.errors import BackendUnavailable, Conflict, NotFound, SnapshotError, UsageError, VmdError
 from vmd.recording import read_access_log
 from vmd.restore import finish, restore
 from vmd.settings import Settings
@@ -204,6 +204,18 @@ def test_a_removal_that_was_cut_short_is_swept_and_never_listed(template: Templa
     assert templates.list_all(settings) == []
     assert templates.sweep(settings) == [template.directory]
     assert not template.directory.exists()
+
+
+def test_a_manifest_that_cannot_be_read_is_warned_of(template: Template, settings: Settings) -> None:
+    manifest = template.directory / MANIFEST
+    manifest.unlink()
+    manifest.write_text("{")
+    warnings: list[str] = []
+    assert templates.list_all(settings, warnings.append) == []
+    assert len(warnings) == 1
+    with pytest.raises(SnapshotError, match=f"template {NAME}: .*not JSON"):
+        templates.load(settings, NAME)
+    templates.remove(settings, NAME)
 
 
 def test_a_manifest_of_another_version_is_warned_of(template: Template, settings: Settings) -> None:

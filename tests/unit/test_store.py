@@ -27,6 +27,9 @@ time.sleep(60)
 """
 
 
+VMM = [sys.executable, "-c", "import time; time.sleep(60)", "--api-sock", "api.sock"]
+
+
 def test_an_owner_lives_as_long_as_it_does(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     with registry.locked():
@@ -58,8 +61,9 @@ def test_the_dead_are_swept_with_their_processes(run_dir: Path, state_dir: Path)
         settings = Settings.read()
         assert sweep_runs(settings) == []
         with (
-            subprocess.Popen(["sleep", "60"], cwd=directory) as works_there,
-            subprocess.Popen(["sleep", "60"], cwd=run_dir) as works_elsewhere,
+            subprocess.Popen(VMM, cwd=directory) as works_there,
+            subprocess.Popen(VMM, cwd=run_dir) as works_elsewhere,
+            subprocess.Popen(["sleep", "60"], cwd=directory) as somebodys_shell,
         ):
             owner.kill()
             owner.wait()
@@ -67,7 +71,9 @@ def test_the_dead_are_swept_with_their_processes(run_dir: Path, state_dir: Path)
             assert sweep_runs(settings) == [directory]
             assert works_there.wait(5) == -signal.SIGKILL
             assert works_elsewhere.poll() is None
+            assert somebodys_shell.poll() is None
             works_elsewhere.kill()
+            somebodys_shell.kill()
     assert list(run_dir.iterdir()) == []
 
 

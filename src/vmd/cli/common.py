@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +18,9 @@ from ..settings import Settings
 from . import TERMINATED
 
 T = TypeVar("T")
+
+# Back to the start of the line, and erase it (ECMA-48).
+_CLEAR = "\r\x1b[K"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
@@ -65,14 +69,20 @@ def emit(content: object) -> None:
 
 def warn(line: str) -> None:
     """One warning, on stderr."""
-    print(f"vmd: warning: {line}", file=sys.stderr, flush=True)
+    over = _CLEAR if sys.stderr.isatty() else ""  # progress may stand there
+    print(f"{over}vmd: warning: {line}", file=sys.stderr, flush=True)
 
 
-def progress() -> Callable[[str], None]:
-    """Shows what is going on while somebody looks: on a terminal only."""
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is going on while somebody looks: one line that changes, on a terminal only."""
     if not sys.stderr.isatty():
-        return lambda line: None
-    return lambda line: print(f"vmd: {line}", file=sys.stderr, flush=True)
+        yield lambda line: None
+        return
+    try:
+        yield lambda line: print(f"{_CLEAR}vmd: {line}", end="", file=sys.stderr, flush=True)
+    finally:
+        print(_CLEAR, end="", file=sys.stderr, flush=True)
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

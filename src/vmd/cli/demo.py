@@ -6,7 +6,7 @@ import click
 
 from .. import demo as demos
 from ..demo import WAYS, Report
-from ..errors import VmdError
+from ..errors import RestoreFailed, TimedOut, VmdError, VmmError
 from .common import begin, emit, json_option, progress, table, wait, warn
 
 
@@ -37,7 +37,13 @@ def demo(runs: int, mem_mib: int, as_json: bool) -> None:
 
     The template `demo` is kept for the next time. Exit code 1 when a word of guest memory was wrong.
     """
-    report = wait(demos.run(begin(), runs=runs, mem_mib=mem_mib, warn=warn, progress=progress()))
+    settings = begin()
+    try:
+        with progress() as say:
+            report = wait(demos.run(settings, runs=runs, mem_mib=mem_mib, warn=warn, progress=say))
+    except (VmmError, RestoreFailed, TimedOut) as failure:  # most likely it is the host
+        failure.hint = failure.hint or "vmd doctor"
+        raise
     if as_json:
         emit(report.save())
     else:

@@ -38,7 +38,8 @@ def template() -> None:
 def build(name: str, guest: str, mem_mib: int, page_size: str, start: str, as_json: bool) -> None:
     """Boot a guest, freeze it, and record which pages a start touches."""
     shape = Shape(mem_mib, _PAGE_SIZES[page_size], start, guest)
-    built = wait(templates.build(begin(), name, shape, warn=warn, progress=progress()))
+    with progress() as say:
+        built = wait(templates.build(begin(), name, shape, warn=warn, progress=say))
     if as_json:
         emit(summary(built))
     else:
