@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 from . import limits
 from .backend import Backend, Choice, Request, choose_backend, plan_service, words
-from .errors import HandshakeRefused, PagesFailed, RestoreFailed, VmdError, VmmError
+from .errors import HandshakeRefused, PagesFailed, RestoreFailed, TimedOut, VmdError, VmmError
 from .pages.contract import Ended, Service
 from .pages.detached import DetachedPages
 from .pages.server import PageServer, serve_pages
@@ -229,8 +229,8 @@ class Restored:
 
     async def _close_pages(self, pages: PageServer | DetachedPages) -> None:
         pages.stop()
-        if self._ended is not None:
-            await asyncio.wait([self._ended])  # so that close, which waits for threads, finds none running
+        if self._ended is not None:  # so that close, which holds the loop, has nothing to wait for
+            await asyncio.wait([self._ended], timeout=limits.PAGES_STOP_SECONDS)
         pages.close()
 
     async def _spawn(self, firecracker: Path) -> None:
@@ -271,8 +271,11 @@ class Restored:
 
     async def _shake_hands(self, began: float) -> None:
         assert self._handshaken is not None
-        await asyncio.wait([self._handshaken])
+        bound = limits.VMM_LOAD_SECONDS + limits.HANDSHAKE_PEER_SECONDS  # a load that hangs is told first
+        await asyncio.wait([self._handshaken], timeout=bound)
         self._judge_handshake()
+        if not self._handshaken.done():
+            raise TimedOut(f"{Step.HANDSHAKE}: the VMM sent none within {bound:g} s")
         self.timings_ms["handshake"] = _ms_since(began)
 
     def _judge_handshake(self) -> None:

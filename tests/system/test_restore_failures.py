@@ -18,6 +18,7 @@ from tests.system.conftest import Run, left_in
 from vmd import limits
 from vmd.backend import Request
 from vmd.errors import RestoreFailed, TimedOut, VmdError
+from vmd.pages.detached import DetachedPages
 from vmd.restore import PAGES_SOCKET, STEPS, Seam, Step, restore
 from vmd.settings import Settings
 from vmd.template import Template
@@ -224,6 +225,42 @@ def test_a_wrong_handshake_fails_the_restore_whatever_the_load_does(
         run(restore(request_for(detached=detached), settings, at=at))
     assert time.monotonic() - began < 5
     assert "no answer" not in str(why.value)
+    assert left_in(settings) == []
+
+
+def test_a_load_without_a_handshake_ends_at_its_bound(
+    request_for: RequestFor, settings: Settings, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def load(self: Vmm, *words: object, **keys: object) -> None:
+        """Says yes and did nothing."""
+
+    monkeypatch.setattr(Vmm, "load", load)
+    monkeypatch.setattr(limits, "VMM_LOAD_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "HANDSHAKE_PEER_SECONDS", 0.2)
+    with pytest.raises(RestoreFailed, match=r"^restore sandbox s1: handshake: the VMM sent none within 0\.3 s$"):
+        run(restore(request_for(), settings))
+    assert left_in(settings) == []
+
+
+def test_a_page_server_process_that_hangs_is_killed(request_for: RequestFor, settings: Settings, run: Run) -> None:
+    made: list[int] = []
+    spawned = DetachedPages.__init__
+
+    def note(self: DetachedPages, *words: object, **keys: object) -> None:
+        spawned(self, *words, **keys)  # type: ignore[arg-type]
+        made.append(self.pid)
+
+    async def at(step: Step) -> None:
+        if step is Step.READY:
+            os.kill(made[0], signal.SIGSTOP)
+            raise VmdError("injected")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetachedPages, "__init__", note)
+        began = time.monotonic()
+        with pytest.raises(RestoreFailed, match="injected"):
+            run(restore(request_for(detached=True), settings, at=at))
+    assert time.monotonic() - began < 5
     assert left_in(settings) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from vmd.settings import Settings
 from vmd.states import State
 from vmd.store import RECORD
 from vmd.vmm import process
+
+CREATE_KILLS = int(os.environ.get("VMD_TEST_CREATE_KILLS", "6"))
+"""How often a `vmd create` is killed in CI."""
 
 pytestmark = pytest.mark.usefixtures("template")
 
@@ -136,6 +140,20 @@ def test_a_creator_killed_before_it_recorded_the_sandbox_is_swept(settings: Sett
     assert len(vmms_in(settings.run_dir)) >= 1  # detached: it outlives its creator
     assert vmd.json("ls") == []
     assert left_in(settings) == []
+
+
+def test_a_creator_killed_at_any_moment_leaves_a_sandbox_or_nothing(settings: Settings, vmd: Cli) -> None:
+    for number in range(CREATE_KILLS):
+        creating = vmd.start("create", NAME, "--backend", "uffd")
+        try:
+            creating.wait(random.Random(number).uniform(0.05, 0.6))
+        except subprocess.TimeoutExpired:
+            creating.kill()
+            creating.wait()
+        listed = vmd.json("ls")
+        assert [one["state"] for one in listed] in ([], ["running"])
+        assert vmd.json("kill", "--all")["killed"] == [one["id"] for one in listed]
+        assert left_in(settings) == []
 
 
 def test_prefixes_must_be_unique(settings: Settings, run: Run) -> None:
