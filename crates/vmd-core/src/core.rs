@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crate::faults::{self, Ended};
-use crate::fill::{data_run_max, fill};
+use crate::fill::{data_run_max, fill_from_cache, fill_reading_ahead};
 use crate::plan::{Runs, recorded, sequential};
 use crate::vm::{Outside, Vm};
 
@@ -120,11 +120,11 @@ fn fill_beside(vm: &Vm, beside: Beside) -> std::io::Result<()> {
         Beside::Replay(offsets) => {
             let pages = recorded(vm, &offsets);
             vm.stats().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
-            let whole = fill(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), &counters.replayed)?;
+            let whole = fill_from_cache(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), &counters.replayed)?;
             vm.stats().replay_done.store(whole, Ordering::Relaxed);
         }
         Beside::Sequential(bytes_max) => {
-            fill(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), &counters.prefetched)?;
+            fill_reading_ahead(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), &counters.prefetched)?;
         }
     }
     Ok(())

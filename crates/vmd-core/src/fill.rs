@@ -1,10 +1,11 @@
 //! The filler: installs a plan's runs beside the demand faults.
 //!
-//! What the page cache holds is read and installed by one thread: a second one would only take a
-//! CPU from the guest. From the first run on that is not cached, a reader of its own fetches the
-//! runs into staging buffers and the installer takes them from there, so that no install waits
-//! for a disk. Demand goes first all the time: the installer enters the gate piece by piece, and
-//! stays out while a demand fault is being served.
+//! A replay of what the page cache holds is read and installed by one thread: a second one would
+//! only take a CPU from the guest. From the first run on that is not cached, and for the long runs
+//! of a sequential prefetch from the start, a reader of its own fetches the runs into staging
+//! buffers and the installer takes them from there, so that no install waits for a disk. Demand
+//! goes first all the time: the installer enters the gate piece by piece, and stays out while a
+//! demand fault is being served.
 
 use std::io;
 use std::ops::Range;
@@ -36,13 +37,16 @@ struct Chunk {
     runs: Vec<(Run, usize)>,
 }
 
-/// Install all runs. `counter` counts the pages of data. True when the plan came to its end.
-pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
-    let still_absent = |run: &Run| run.pages.clone().any(|page| vm.states.get(page) == State::Absent);
-    let mut runs = runs.filter(still_absent); // demand may have been faster
+/// Install all runs; `counter` counts the pages of data. True when the plan came to its end.
+///
+/// Reads on this thread for as long as the page cache has what is needed.
+pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
     let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
     let cold = loop {
         let Some(run) = runs.next() else { break None };
+        if is_served(vm, &run) {
+            continue;
+        }
         let bytes = &mut buffer.bytes()[..data_bytes(vm, &run)];
         if !(run.hole || vm.image.read_cached(bytes, vm.regions.offset(run.pages.start))) {
             break Some(run);
@@ -52,11 +56,11 @@ pub fn fill(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64
         }
     };
     buffer.give_back();
-    cold.map_or(Ok(true), |run| fill_cold(vm, std::iter::once(run).chain(runs), counter))
+    cold.map_or(Ok(true), |run| fill_reading_ahead(vm, std::iter::once(run).chain(runs), counter))
 }
 
 /// The same with a reader beside the installer.
-fn fill_cold(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
+pub fn fill_reading_ahead(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
     let (give, empty) = channel();
     for _ in 0..BUFFERS {
         give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
@@ -72,6 +76,11 @@ fn fill_cold(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU6
         unused.try_iter().for_each(Buffer::give_back);
         Ok(installed && read)
     })
+}
+
+/// Whether demand was faster, for all of a run.
+fn is_served(vm: &Vm, run: &Run) -> bool {
+    run.pages.clone().all(|page| vm.states.get(page) != State::Absent)
 }
 
 /// Bytes of the image that a run needs.
@@ -102,6 +111,9 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
         }
         if vm.is_ending() {
             return false;
+        }
+        if is_served(vm, &run) {
+            continue;
         }
         for (run, bytes) in readable(vm, run, &mut buffer.bytes()[filled..filled + bytes]) {
             taken.push((run, filled));
