@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from errno import ENOMEM
 
 import pytest
 
 from tests.contract.world import WHOLE_BYTES, MakeImage, Memory, Serve
-from tests.fakes.vmm import Span, eventually
+from tests.fakes.vmm import FakeVmm, Span, eventually
 from vmd.pages.contract import Beside, Injection, Outcome, Service
+from vmd.pages.handshake import Handshake
 
 pytestmark = pytest.mark.needs_uffd
 
-MakeCold = Callable[..., Memory]
 
+def chill(image: Memory) -> Callable[[FakeVmm, Handshake], None]:
+    """For ``before``: nothing of the image is in the page cache any more, which the fake VMM has filled."""
 
-@pytest.fixture
-def make_cold(make_image: MakeImage) -> MakeCold:
-    """As ``make_image``, and then nothing of it is in the page cache."""
-
-    def make(pages: int, holes: Collection[int] = ()) -> Memory:
-        image = make_image(pages, holes)
+    def forget(vmm: FakeVmm, handshake: Handshake) -> None:
+        data = next(page for page in range(image.pages) if page not in image.holes)
         fd = os.open(image.path, os.O_RDONLY)
         try:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             with pytest.raises(BlockingIOError):  # else the file system cannot forget, or cannot tell
-                data = next(page for page in range(pages) if page not in holes)
                 os.preadv(fd, [bytearray(1)], data * image.page_size, os.RWF_NOWAIT)
         finally:
             os.close(fd)
-        return image
 
-    return make
+    return forget
 
 
 @pytest.mark.seed(22, 49)
-def test_the_recorded_pages_and_no_others(serve: Serve, make_cold: MakeCold) -> None:
+def test_the_recorded_pages_and_no_others(serve: Serve, make_image: MakeImage) -> None:
     order = random.Random(3).sample(range(1024), 300)
-    image = make_cold(1024, holes=range(0, 1024, 7))
-    served = serve(image, service=image.replay(order))
+    image = make_image(1024, holes=range(0, 1024, 7))
+    served = serve(image, service=image.replay(order), before=chill(image))
     counters = served.replayed()
     assert served.vmm.resident() == set(order)
     zeros = len(image.holes & set(order))
@@ -50,30 +46,32 @@ def test_the_recorded_pages_and_no_others(serve: Serve, make_cold: MakeCold) -> 
     assert served.vmm.verdicts(order) == image.verdicts(order)
 
 
-def test_order_is_the_recorded_one(serve: Serve, make_cold: MakeCold) -> None:
-    image = make_cold(64)
+def test_order_is_the_recorded_one(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(64)
     scattered = [40, 3, 17, 9, 60, 1, 33, 22]
     orders = [Injection("copy", Outcome.FATAL, after=5, errno=ENOMEM)]
-    served = serve(image, service=Service(Beside.REPLAY, image.offsets(scattered), injections=orders))
+    served = serve(
+        image, service=Service(Beside.REPLAY, image.offsets(scattered), injections=orders), before=chill(image)
+    )
     eventually(served.core.warnings, "a warning says that replay has ended")
     assert served.vmm.resident() == set(scattered[:5])
     assert served.vmm.verdicts() == image.verdicts()
 
 
 @pytest.mark.seed(24)
-def test_the_whole_memory_comes_in(serve: Serve, make_cold: MakeCold) -> None:
-    image = make_cold(2048, holes=[*range(0, 2048, 5), *range(600, 900)])
+def test_the_whole_memory_comes_in(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(2048, holes=[*range(0, 2048, 5), *range(600, 900)])
     service = Service(Beside.SEQUENTIAL, prefetch_bytes_max=WHOLE_BYTES)
-    served = serve(image, [Span(1024, 1024), Span(1024, 0)], service)
+    served = serve(image, [Span(1024, 1024), Span(1024, 0)], service, before=chill(image))
     eventually(lambda: len(served.vmm.resident()) == 2048, "all is resident")
     assert served.vmm.verdicts() == image.verdicts([*range(1024, 2048), *range(1024)])
 
 
 @pytest.mark.seed(10, 11)
-def test_touches_race_replay(serve: Serve, make_cold: MakeCold) -> None:
-    image = make_cold(1024, holes=range(100, 140))
+def test_touches_race_replay(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(1024, holes=range(100, 140))
     order = random.Random(9).sample(range(1024), 1024)
-    served = serve(image, service=image.replay(order))
+    served = serve(image, service=image.replay(order), before=chill(image))
     touches = order[::-1]
     for results in served.vmm.start("verdict", touches, threads=2).wait():
         assert results == image.verdicts(touches)

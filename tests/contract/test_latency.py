@@ -17,10 +17,9 @@ def test_a_fault_that_had_to_wait_is_a_sample_and_a_long_one(serve: Serve) -> No
     before = served.at_rest()
     assert before.fault_count == 1
     job = served.vmm.start("read", [2])
-    waited = eventually(lambda: (served.counters().oldest_unserved_us or 0) > 1_000 and served.counters(), "it waits")
+    eventually(lambda: (served.counters().oldest_unserved_us or 0) > 1_000, "it waits")
     job.wait()
     counters = served.at_rest()
     assert (counters.fault_count, counters.parked) == (2, 1)
     assert counters.fault_max_us is not None
-    assert waited.oldest_unserved_us is not None
-    assert counters.fault_max_us >= waited.oldest_unserved_us
+    assert counters.fault_max_us > 1_000

@@ -31,8 +31,8 @@ def put(image: Memory, vmm: FakeVmm, handshake: Handshake) -> None:
 
 def all_is_in(served: Served, image: Memory) -> None:
     """Every page is resident and right, and those that were there are not counted as installed."""
-    eventually(lambda: len(served.vmm.resident()) == image.pages, "all is resident")
-    eventually(lambda: served.installed() == image.pages - len(THERE), "all that was installed is counted")
+    eventually(lambda: len(served.vmm.resident()) == image.pages, "all is resident", 5.0)
+    eventually(lambda: served.installed() == image.pages - len(THERE), "all that was installed is counted", 5.0)
     assert served.counters().present == len(THERE)
     assert served.vmm.verdicts() == image.verdicts()
     assert served.counters().faults == 0

@@ -12,6 +12,7 @@ standard input ends.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import select
@@ -44,8 +45,8 @@ libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_
 
 
 def ptrace(request: int, tid: int, address: int = 0, data: Any = 0) -> None:
-    """One ptrace(2). A thread that has ended is none of our business."""
-    if libc.ptrace(request, tid, address, data) < 0 and ctypes.get_errno() != 3:
+    """Make one request. A thread that has ended is none of our business."""
+    if libc.ptrace(request, tid, address, data) < 0 and ctypes.get_errno() != errno.ESRCH:
         raise OSError(ctypes.get_errno(), f"ptrace {request:#x}: {os.strerror(ctypes.get_errno())}")
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     """See the module."""
     tracer = Tracer(int(sys.argv[1]))
     print("ready", flush=True)
-    tracer.stops = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    tracer.stops = json.loads(sys.stdin.readline())
     tracer.run()
     # Its end lets all threads go.
 
