@@ -34,8 +34,8 @@ class Core:
 
         ``regions``: (host address, size, image offset) in bytes, already checked. ``offsets``:
         image offsets as native unsigned 64-bit integers, first-touch order. ``injections``: (op,
-        outcome, count, after, errno), see `vmd.pages.contract.Injection`. Raises ValueError, and
-        then the descriptors stay with the caller.
+        outcome, count, after, errno), see `vmd.pages.contract.Injection`. Raises ValueError or
+        OSError, and then the descriptors stay with the caller.
         """
 
     def start(self) -> None:

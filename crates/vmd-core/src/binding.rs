@@ -60,12 +60,16 @@ impl PyCore {
             poison_lines_max,
             memory_floor_percent,
         };
-        // SAFETY: the caller gives these descriptors away; nothing after this fails before they
-        // are owned, and the failures before it left them with the caller.
-        let (uffd, pidfd, image) = unsafe { (owned(uffd), owned(pidfd), owned(image)) };
+        if uffd < 0 || image < 0 {
+            return Err(PyValueError::new_err("uffd and image must be descriptors"));
+        }
+        // SAFETY: the caller gives these descriptors away; from here on nothing fails.
+        let (uffd, image) = unsafe { (OwnedFd::from_raw_fd(uffd), OwnedFd::from_raw_fd(image)) };
+        // SAFETY: as above.
+        let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
         let vm = Vm {
-            uffd: Uffd::new(uffd.ok_or_else(|| PyValueError::new_err("uffd: not a descriptor"))?, injections),
-            image: Image::new(image.ok_or_else(|| PyValueError::new_err("image: not a descriptor"))?)?,
+            uffd: Uffd::new(uffd, injections),
+            image: Image::new(image),
             states: States::new(regions.pages()),
             regions,
             gate: Gate::default(),
@@ -141,13 +145,6 @@ fn counters(stats: &Stats) -> [(&'static str, &AtomicU64); 10] {
         ("parked", &counters.parked),
         ("replay_pages", &stats.replay_pages),
     ]
-}
-
-/// # Safety
-/// `fd` is negative or a descriptor that nobody else owns.
-unsafe fn owned(fd: RawFd) -> Option<OwnedFd> {
-    // SAFETY: by this function's own contract.
-    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn parse_beside(word: &str, offsets: &[u8], bytes_max: u64) -> PyResult<Beside> {

@@ -11,7 +11,7 @@ The way of a VM's memory, in reading order::
 `handshake`      userfaultfd and memory map, believed or refused; `jsonscan`: where its array ends
 `regions`        host addresses, page numbers, image offsets
 `source`         the image: pread, and holes that are known zeros
-`cores`          which core serves: `native` (Rust, `crates/vmd-core`), or `reference` (slow, the oracle)
+`cores`          which core serves: `native` (Rust, `crates/vmd-core`) or `reference` (the oracle)
 `server`         `PageServer`: socket, handshake and core of one VM, in this process
 `serving`        a page server that is a process: signals, statistics file, last words
 `detached`       such a process beside a sandbox that outlives its maker

@@ -22,9 +22,9 @@ class NativeCore:
         # The VMM keeps its end of the connection open for its whole life; so do we.
         self._connection = handshake.connection
         self._core = vmd_core.Core(
-            uffd=_give(handshake, "uffd"),
-            pidfd=_give(handshake, "pidfd"),
-            image=image.detach(),
+            uffd=handshake.uffd,
+            pidfd=handshake.pidfd,
+            image=image.fd,
             regions=[(region.base, region.size, region.offset) for region in handshake.regions],
             page_size=handshake.regions.page_size,
             beside=service.beside.value,
@@ -36,6 +36,8 @@ class NativeCore:
             memory_floor_percent=limits.PREFETCH_MEMORY_FLOOR_PERCENT,
             injections=[(i.op, i.outcome.value, i.count, i.after, i.errno) for i in service.injections],
         )
+        handshake.uffd = handshake.pidfd = -1  # given away: the giver forgets
+        image.detach()
 
     @property
     def ended_fd(self) -> int:
@@ -70,10 +72,3 @@ class NativeCore:
     def warnings(self) -> list[str]:
         """Take the lines gathered since the last call."""
         return self._core.warnings()
-
-
-def _give(handshake: Handshake, name: str) -> int:
-    """Hand over one descriptor: the giver forgets it."""
-    fd: int = getattr(handshake, name)
-    setattr(handshake, name, -1)
-    return fd

@@ -179,8 +179,6 @@ def serve_pages(
     except BaseException:
         image.close()
         raise
-    server = PageServer(
-        listener, image, service, core=core, retry=retry, accept_seconds=accept_seconds, warn=warn
-    )
+    server = PageServer(listener, image, service, core=core, retry=retry, accept_seconds=accept_seconds, warn=warn)
     server.start()
     return server

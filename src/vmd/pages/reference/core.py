@@ -1,4 +1,4 @@
-"""The page server in plain Python: slow, obvious, and the oracle of the native one.
+"""The fault thread of the reference core, and the life of the whole.
 
 One fault thread reads the userfaultfd and serves demand; one filler thread replays or prefetches.
 A turn of the fault thread: read all queued messages, apply every REMOVE, only then look at the
@@ -19,14 +19,14 @@ from array import array
 from contextlib import suppress
 from typing import Literal
 
-from .. import limits
-from . import peer, uffd
-from .contract import Beside, Counters, Ended, EndReason, Outcome, PageState, Service
-from .handshake import Handshake
-from .reference_filler import Filler
-from .reference_memory import Installer, Memory
-from .reference_tally import Tally
-from .source import Image
+from ... import limits
+from .. import peer, uffd
+from ..contract import Beside, Counters, Ended, EndReason, Outcome, PageState, Service
+from ..handshake import Handshake
+from ..source import Image
+from .filler import Filler
+from .memory import Installer, Memory
+from .tally import Tally
 
 _READ_BYTES = 64 * uffd.MESSAGE_BYTES
 _RETRY_FIRST_SECONDS = 0.0001

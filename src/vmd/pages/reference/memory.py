@@ -16,13 +16,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import limits
-from . import uffd
-from .contract import Injection, Outcome, PageState
-from .reference_tally import Tally
-from .regions import HUGE_PAGE, Regions
-from .source import Extents, Image
-from .uffd import Step
+from ... import limits
+from .. import uffd
+from ..contract import Injection, Outcome, PageState
+from ..regions import HUGE_PAGE, Regions
+from ..source import Extents, Image
+from ..uffd import Step
+from .tally import Tally
 
 
 @dataclass

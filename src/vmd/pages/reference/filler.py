@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .. import limits
-from .contract import Beside, Outcome, Service
-from .reference_memory import Memory
-from .reference_tally import Tally
-from .regions import Regions
+from ... import limits
+from ..contract import Beside, Outcome, Service
+from ..regions import Regions
+from .memory import Memory
+from .tally import Tally
 
 # Most that is installed before a demand fault is let in (design.md, "The page server", 4).
 _PIECE_BYTES = 64 << 10

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .contract import Counters
+from ..contract import Counters
 
 _COUNTED = ("faults", "demand", "replayed", "prefetched", "zero", "removed", "poisoned", "present", "parked")
 
