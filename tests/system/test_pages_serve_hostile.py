@@ -15,7 +15,8 @@ import pytest
 
 from tests.fakes.vmm import Span, eventually
 from tests.system.pages_serve.command import MakeMemory, MakeVmm, Serve
-from tests.system.pages_serve.pages import PAGE, log_of, write_log
+from tests.system.pages_serve.pages import PAGE, log_of, read_log, write_log
+from tests.system.pages_serve.storage import SilentStorage
 
 pytest_plugins = ["tests.system.pages_serve.fixtures"]
 pytestmark = pytest.mark.needs_uffd
@@ -60,7 +61,7 @@ def test_descriptors_while_serving_are_those_that_serving_needs(
         "socket": 1,  # the VMM's connection; the listener is closed
     }
     assert {kind: found.count(kind) for kind in kinds} == kinds
-    assert sum("pidfd" in kind for kind in found) == 1
+    assert sum("pidfd" in kind for kind in found) == 2  # the fault thread's and the main thread's
     vmm.kill()
     server.ends(0)
 
@@ -188,4 +189,49 @@ def test_sigterm_while_it_starts_leaves_nothing(serve_pages: Serve, make_memory:
     # Dead of it before there was anything, or well ended after; nothing between.
     assert server.process.wait() in (0, -signal.SIGTERM)
     assert server.stderr() == ""
+    assert not server.socket.exists()
+
+
+# --- storage that does not answer --------------------------------------------------------------------
+
+
+@CORES
+@pytest.mark.seed(17)
+def test_sigterm_ends_it_in_time_though_the_storage_does_not_answer(
+    serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, tmp_path: Path, core: str
+) -> None:
+    memory, log = make_memory(16), tmp_path / "access.log"
+    vmm = make_vmm(memory)
+    with SilentStorage(memory) as storage:
+        server = serve_pages(memory, "--record", log, core=core, ready=False)
+        for _ in range(16):  # for the identity
+            storage.answer()
+        server.wait_ready()
+        vmm.handshake(server.socket)
+        vmm.start("read", [5])
+        storage.wait()
+        server.send(signal.SIGTERM)
+        assert server.ends(0) < 0.5
+    assert server.lines()[-1] == f"vmd: warning: vmm {vmm.pid} left frozen; there is no journal to adopt it by"
+    assert read_log(log)[1] == [5 * PAGE]
+    assert server.stats()["state"] == "ended"
+    assert not server.socket.exists()
+
+
+@CORES
+@pytest.mark.seed(16)
+def test_it_does_not_outlive_its_vmm_though_the_storage_does_not_answer(
+    serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, core: str
+) -> None:
+    memory = make_memory(16)
+    vmm = make_vmm(memory)
+    with SilentStorage(memory) as storage:
+        server = serve_pages(memory, "--no-prefetch", core=core)
+        vmm.handshake(server.socket)
+        vmm.start("read", [5])
+        storage.wait()
+        vmm.kill()
+        assert server.ends(0) < 3
+    (line,) = server.lines()
+    assert "does not answer" in line
     assert not server.socket.exists()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class PageServer:
     ) -> None:
         self.handshaken: Future[int] = Future()
         self.ended: Future[Ended] = Future()
+        self.vmm_pidfd = -1  # of the VMM, from the handshake to `close`; -1 also where it had died before
         self.core_name = core_name(core)
         self._listener = listener
         self._image = image
@@ -74,9 +76,20 @@ class PageServer:
         self.stop()
         self._thread.join()
         with self._lock:
-            if self._stop_fd >= 0:
-                os.close(self._stop_fd)
-                self._stop_fd = -1
+            for fd in (self._stop_fd, self.vmm_pidfd):
+                if fd >= 0:
+                    os.close(fd)
+            self._stop_fd = self.vmm_pidfd = -1
+        return self.ended.result()
+
+    def abandon(self, reason: EndReason) -> Ended:
+        """End for ``reason`` without waiting: its thread may be stuck on storage that does not answer.
+
+        For a process that exits next, and takes the thread and all descriptors with it.
+        """
+        with suppress(InvalidStateError):  # it came to its end after all
+            self.ended.set_result(Ended(reason))
+        self._listener.close()
         return self.ended.result()
 
     def counters(self) -> Counters:
@@ -113,7 +126,8 @@ class PageServer:
         finally:
             self._listener.close()
             self._image.close()
-        self.ended.set_result(ended)
+        with suppress(InvalidStateError):  # abandoned
+            self.ended.set_result(ended)
 
     def _fail_handshake(self, failure: VmdError) -> None:
         if not self.handshaken.done():
@@ -133,6 +147,7 @@ class PageServer:
             return Ended(EndReason.STOPPED)
         self._listener.refuse_others()
         self._handshake = handshake
+        self.vmm_pidfd = os.dup(handshake.pidfd) if handshake.pidfd >= 0 else -1
         core = self._start_core(handshake)
         self.handshaken.set_result(handshake.vmm_pid)
         return core.join()

@@ -6,10 +6,12 @@ Used by `vmd pages serve` and by the detached page server of an embedded sandbox
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +21,11 @@ from .server import PageServer
 
 # Warnings are passed on this often where no statistics file asks for more.
 _IDLE_SECONDS = 1.0
+# A core that reads from storage which does not answer hears neither of a stop nor of the VMM's exit.
+# After this long the process goes without it. A stop has its time by interfaces.md. After an exit it
+# may be busy for good reason: the last install in flight frees the dead VM's memory (70 ms a GiB).
+_STOPPED_SECONDS = 0.6 * limits.PAGES_STOP_SECONDS
+_GONE_SECONDS = 2.0
 # A reader of stderr that lags may take this long; one that does not read at all must not hold up a VM.
 _SAY_MS = 100
 # What a pipe that poll calls writable takes without waiting (PIPE_BUF).
@@ -75,20 +82,22 @@ class Serving:
         self._signals = signals
         self._stats_path = stats_path
         self._stats_failed = False
+        self._poll = select.poll()
+        self._watched = -1  # the VMM's pidfd
+        self._leave_at, self._leave_why = math.inf, EndReason.STOPPED
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         server.handshaken.add_done_callback(self._wake)
         server.ended.add_done_callback(self._wake)
 
     def run(self) -> Ended:
         """Serve until the VMM has gone, a signal ends it, or it cannot go on."""
-        poll = select.poll()
-        poll.register(self._news, select.POLLIN)
-        poll.register(self._signals.fd, select.POLLIN)
-        while not self._server.ended.done():
+        for fd in (self._news, self._signals.fd):
+            self._poll.register(fd, select.POLLIN)
+        while not self._server.ended.done() and time.monotonic() < self._leave_at:
             self._tell()
-            poll.poll(self._period_ms())
-            self._hear()
-        ended = self._server.close()
+            ready = dict(self._poll.poll(self._period_ms()))
+            self._hear(gone=self._watched in ready)
+        ended = self._server.close() if self._server.ended.done() else self._abandon()
         self._tell()
         os.close(self._news)
         return ended
@@ -109,14 +118,32 @@ class Serving:
         for line in self._server.warnings():
             warn(line)
 
-    def _hear(self) -> None:
+    def _hear(self, *, gone: bool) -> None:
         with suppress(BlockingIOError):
             os.eventfd_read(self._news)
-        heard = self._signals.take()
-        if heard & {signal.SIGTERM, signal.SIGINT}:
+        if self._watched < 0 and self._server.vmm_pidfd >= 0:
+            self._watched = self._server.vmm_pidfd
+            self._poll.register(self._watched, select.POLLIN)
+        if gone:
+            self._poll.unregister(self._watched)
+            self._leave_in(_GONE_SECONDS, EndReason.GONE)
+        if self._signals.take() & {signal.SIGTERM, signal.SIGINT}:
             self._server.stop()
+            self._leave_in(_STOPPED_SECONDS, EndReason.STOPPED)
+
+    def _leave_in(self, seconds: float, why: EndReason) -> None:
+        """Bound the wait for the core's end; the VMM's exit counts for more than a stop."""
+        self._leave_at = min(self._leave_at, time.monotonic() + seconds)
+        if self._leave_why is not EndReason.GONE:
+            self._leave_why = why
+
+    def _abandon(self) -> Ended:
+        warn("the memory file's storage does not answer; leaving without waiting for it")
+        return self._server.abandon(self._leave_why)
 
     def _period_ms(self) -> float | None:
+        if self._leave_at < math.inf:
+            return max(1.0, 1000 * (self._leave_at - time.monotonic()))
         if not self._server.handshaken.done():
             return None
         return 1000 * (limits.STATS_PERIOD_SECONDS if self._stats_path else _IDLE_SECONDS)
