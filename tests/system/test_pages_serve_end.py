@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.vmm import FakeVmm, eventually
-from tests.system.pages_serve.command import MakeMemory, MakeVmm, PageServer, Serve
+from tests.system.pages_serve.command import MakeMemory, MakeVmm, PageServer, Serve, installed
 from tests.system.pages_serve.machine import Frozen, MakeThawed, make_sparse
 from tests.system.pages_serve.pages import PAGE, log_of, write_log
 
@@ -298,3 +298,25 @@ def test_no_fault_is_lost_in_a_storm_of_removes(
     vmm.kill()
     server.ends(0)
     assert server.stderr() == ""
+
+
+@CORES
+@pytest.mark.seed(49)
+def test_lost_pages_do_not_disturb_the_counts(
+    serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, core: str
+) -> None:
+    memory = make_memory(64)
+    server, vmm = serve_pages(memory, "--no-prefetch", core=core), make_vmm(memory)
+    vmm.handshake(server.socket)
+    server.when(state="serving")
+    cut(memory, 32)
+    lost = list(range(32, 64))
+    for results in vmm.start("kernel_read", lost * 20, threads=6).wait():  # many wait for the same page
+        assert set(results) == {"EFAULT"}
+    vmm.do("remove", lost)
+    stats = server.fresh_stats()
+    assert (installed(stats), stats["poisoned"], stats["removed"]) == (0, 32, 0)
+    assert vmm.verdicts(lost) == ["zero"] * 32  # given back, so nothing of them is lost any more
+    assert installed(server.fresh_stats()) == len(vmm.resident()) == 32
+    vmm.kill()
+    server.ends(1)

@@ -235,3 +235,32 @@ def test_it_does_not_outlive_its_vmm_though_the_storage_does_not_answer(
     (line,) = server.lines()
     assert "does not answer" in line
     assert not server.socket.exists()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@CORES
+@pytest.mark.seed(26)
+def test_replay_yields_to_a_fault_that_waits_for_storage_without_burning_a_cpu(
+    serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, tmp_path: Path, core: str
+) -> None:
+    pages = 1 << 16
+    memory = make_memory(pages, holes=range(pages - 1))
+    log = write_log(tmp_path / "log", range(0, pages * PAGE, PAGE))
+    vmm = make_vmm(memory)
+    with SilentStorage(memory) as storage:
+        server = serve_pages(memory, "--replay", log, core=core)
+        vmm.start("read", [pages - 1])
+        eventually(vmm.blocked, "it waits")
+        vmm.handshake(server.socket)
+        storage.wait()
+        before = cpu_seconds(server.pid)
+        assert not server.has_ended(1.0)
+        assert cpu_seconds(server.pid) - before < 0.5
+    eventually(lambda: server.fresh_stats()["replay"]["done"], "the replay goes on")
+    assert len(vmm.resident()) == pages
+    vmm.kill()
+    server.ends(0)

@@ -84,6 +84,11 @@ impl Vm {
     }
 }
 
+/// A demand fault that is served from the page cache is over after so many looks, some 50 µs. One
+/// that waits for storage takes longer, and must not cost a CPU meanwhile.
+const QUICK_LOOKS: u32 = 200;
+const SLOW_LOOK: Duration = Duration::from_micros(100);
+
 /// Keeps the filler's check of a page's state and its install in one piece against REMOVE.
 ///
 /// The fault thread holds the gate from before it reads messages until it has applied them, and
@@ -114,8 +119,14 @@ impl Gate {
     /// Filler: enter when no demand fault is being served.
     pub fn enter_behind_demand(&self) -> MutexGuard<'_, ()> {
         loop {
+            let mut looks = 0;
             while self.demand.load(Ordering::Acquire) {
-                std::thread::yield_now();
+                looks += 1;
+                if looks < QUICK_LOOKS {
+                    std::thread::yield_now();
+                } else {
+                    std::thread::sleep(SLOW_LOOK); // it waits for storage
+                }
             }
             let guard = self.lock.lock().unwrap();
             if !self.demand.load(Ordering::Acquire) {
