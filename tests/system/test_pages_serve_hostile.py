@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def test_a_fault_outside_the_announced_regions_fails_that_vm_with_its_map(
     vmm = make_vmm(memory, [Span(8, 0), Span(8, 8)])
     vmm.handshake(server.socket, vmm.body([0]))
     assert vmm.do("read", [7]) == ["ok"]
-    vmm.start("read", [9])
+    with suppress(EOFError):  # it may be killed before it has told its driver that it begins
+        vmm.start("read", [9])
     assert vmm.wait() == -signal.SIGKILL
     first = vmm.regions.ordered[0]
     server.refused(f"{vmm.regions.address(9):#x}", f"{first.base:#x}-{first.end:#x}")
