@@ -6,6 +6,7 @@ gets all the time that it needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -27,11 +28,20 @@ NEVER_SECONDS = 0.5
 class Scene:
     """A VM whose core is held from its first thread on."""
 
-    def __init__(self, serve: Serve, image: Memory, service: Service, stack: ExitStack, *stops: str) -> None:
+    def __init__(
+        self,
+        serve: Serve,
+        image: Memory,
+        service: Service,
+        stack: ExitStack,
+        *stops: str,
+        first: Callable[[FakeVmm], None] = lambda _: None,
+    ) -> None:
         self.removal: Job | None = None
         self._removes_first = "remove" in stops
 
         def before(vmm: FakeVmm, _: Handshake) -> None:
+            first(vmm)
             address = vmm.regions.address(PAGE)
             self.held = stack.enter_context(Held(**dict.fromkeys(stops, address)))
             if self._removes_first:
@@ -80,4 +90,22 @@ def test_nothing_is_installed_between_the_reading_of_a_remove_and_its_note(serve
         scene.held.has_come("copy", NEVER_SECONDS)
         scene.held.let_go()
     scene.served.replayed()
+    assert scene.served.vmm.verdicts([PAGE]) == ["zero"]
+
+
+@pytest.mark.seed(12)
+def test_no_fault_is_served_before_the_remove_that_was_read_with_it(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(256)
+    with ExitStack() as stack:
+        faults: list[Job] = []
+
+        def fault(vmm: FakeVmm) -> None:
+            faults.append(vmm.start("verdict", [PAGE]))
+            eventually(lambda: vmm.blocked() == 1, "the fault is queued")
+
+        scene = Scene(serve, image, Service(), stack, "remove", first=fault)
+        scene.held.wait("remove")  # with the fault, which stands before it
+        assert scene.removed(20)  # what is installed now stays, and must not be the image's
+        scene.held.let_go()
+    assert faults[0].wait() == [["zero"]]
     assert scene.served.vmm.verdicts([PAGE]) == ["zero"]

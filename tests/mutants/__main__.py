@@ -10,7 +10,7 @@ from setup import rust
 
 from .crate import BUILD, BuildError, Crate, StaleTableError, digest
 from .hunt import Verdict, contract_tests, hunt
-from .suite import Outcome, SuiteError, run
+from .suite import BASELINE_TEST_SECONDS_MAX, Outcome, SuiteError, limit, run
 from .table import MUTANTS, Mutant
 
 
@@ -51,16 +51,18 @@ def _hunt_all(mutants: list[Mutant]) -> list[Verdict]:
     crate = Crate(env)
     crate.check(mutants)
     module = crate.build(None)
-    healthy = run(module, contract_tests())
+    healthy = run(module, contract_tests(), BASELINE_TEST_SECONDS_MAX)
     _must_be_green(healthy)
-    print(f"as it is: {len(healthy.passed)} tests pass in {healthy.seconds:.0f} s", flush=True)
+    seconds_max = limit(healthy)
+    limits = f"the slowest in {healthy.slowest:.1f} s; over a mutant each has {seconds_max} s"
+    print(f"as it is: {len(healthy.passed)} tests pass in {healthy.seconds:.0f} s, {limits}", flush=True)
     verdicts = []
     for number, mutant in enumerate(mutants, 1):
-        verdicts.append(verdict := hunt(crate, mutant, digest(module)))
+        verdicts.append(verdict := hunt(crate, mutant, digest(module), seconds_max))
         print(f"{number:>2}/{len(mutants)} {mutant.name:<22} {verdict.words}", flush=True)
     killers = sorted({verdict.killer for verdict in verdicts if verdict.killer})
     if killers:
-        _must_be_green(run(module, killers))
+        _must_be_green(run(module, killers, seconds_max))
         print(f"as it is: the {len(killers)} tests that killed pass again")
     print(f"{sum(bool(verdict.killer) for verdict in verdicts)} of {len(mutants)} mutants killed")
     return [verdict for verdict in verdicts if not verdict.killer]

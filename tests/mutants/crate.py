@@ -1,4 +1,4 @@
-"""A copy of the core's crate: one sabotage applied to it, built in release as the shipped core is."""
+"""A copy of what is tested and of what tests it; in it one sabotage of the core, built in release as it is shipped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from setup.common import ROOT
 from .table import Mutant
 
 BUILD = ROOT / "build" / "mutants"
+TREE = BUILD / "tree"
+"""Core, package and tests as they were when the hunt began: an edit meanwhile changes nothing in it."""
+
 _SOURCES = Path("crates", "vmd-core", "src")
 
 
@@ -25,16 +28,19 @@ class BuildError(Exception):
 
 
 class Crate:
-    """The copy, in ``build/mutants/tree``; the sources of the work tree are never touched."""
+    """The copy, in ``build/mutants/tree``, of one moment of the work tree, which is never touched."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        self._tree = BUILD / "tree"
         self._target = BUILD / "target"
         self._env = {**env, "CARGO_TARGET_DIR": str(self._target)}
-        shutil.rmtree(self._tree, ignore_errors=True)
-        shutil.copytree(ROOT / "crates" / "vmd-core", self._tree / "crates" / "vmd-core")
-        for name in ("Cargo.toml", "Cargo.lock"):
-            shutil.copy(ROOT / name, self._tree)
+        shutil.rmtree(TREE, ignore_errors=True)
+        ignore = shutil.ignore_patterns("__pycache__")
+        # New times on all files: cargo would take a copy that keeps the old ones for built, and
+        # what was built last is the last mutant of the run before.
+        for name in ("crates/vmd-core", "src", "tests", "setup"):
+            shutil.copytree(ROOT / name, TREE / name, ignore=ignore, copy_function=shutil.copyfile)
+        for name in ("Cargo.toml", "Cargo.lock", "pyproject.toml"):
+            shutil.copyfile(ROOT / name, TREE / name)
 
     def check(self, mutants: list[Mutant]) -> None:
         """Raises `StaleTableError` naming every mutant that does not match exactly once."""
@@ -53,7 +59,7 @@ class Crate:
         return Path(shutil.copy(self._target / "release" / "libvmd_core.so", folder / "vmd_core.so"))
 
     def _build_with(self, mutant: Mutant) -> None:
-        source = self._tree / _SOURCES / mutant.file
+        source = TREE / _SOURCES / mutant.file
         text = source.read_text(encoding="utf-8")
         try:
             source.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
@@ -63,13 +69,13 @@ class Crate:
 
     def _cargo(self) -> None:
         command = ["cargo", "build", "--release", "--locked", "--quiet", "--lib", "--features", "extension-module"]
-        folder = self._tree / "crates" / "vmd-core"
+        folder = TREE / "crates" / "vmd-core"
         done = subprocess.run(command, cwd=folder, env=self._env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(done.stderr)
 
     def _stale(self, mutant: Mutant) -> str | None:
-        source = self._tree / _SOURCES / mutant.file
+        source = TREE / _SOURCES / mutant.file
         found = source.read_text(encoding="utf-8").count(mutant.old) if source.exists() else 0
         return None if found == 1 else f"{mutant.name}: found {found} times in {mutant.file}: {mutant.old!r}"
 

@@ -11,9 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup.common import ROOT
-
-from .crate import BuildError, Crate, digest
+from .crate import TREE, BuildError, Crate, digest
 from .suite import CONTRACT, Outcome, run
 from .table import Mutant
 
@@ -27,7 +25,7 @@ class Verdict:
     words: str
 
 
-def hunt(crate: Crate, mutant: Mutant, baseline: str) -> Verdict:
+def hunt(crate: Crate, mutant: Mutant, baseline: str, test_seconds_max: int) -> Verdict:
     """Build ``mutant`` and let the suite look for it. ``baseline``: digest of the module as it is."""
     started = time.monotonic()
     try:
@@ -41,7 +39,7 @@ def hunt(crate: Crate, mutant: Mutant, baseline: str) -> Verdict:
     rest = sorted(set(contract_tests()) - set(named))
     tests_run = 0
     for stage in (named, rest):
-        outcome, words = _search(module, stage)
+        outcome, words = _search(module, stage, test_seconds_max)
         tests_run += len(outcome.passed)
         if outcome.failed:
             where = "" if stage is named else " (none of the tests named in the table)"
@@ -54,16 +52,16 @@ def hunt(crate: Crate, mutant: Mutant, baseline: str) -> Verdict:
 
 def contract_tests() -> list[str]:
     """All files of the contract suite."""
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / CONTRACT).glob("test_*.py"))]
+    return [str(path.relative_to(TREE)) for path in sorted((TREE / CONTRACT).glob("test_*.py"))]
 
 
-def _search(module: Path, tests: list[str]) -> tuple[Outcome, str]:
+def _search(module: Path, tests: list[str], seconds_max: int) -> tuple[Outcome, str]:
     """Run ``tests`` until one fails twice; says in words which failed only once."""
     disturbed: list[str] = []
     while True:
-        outcome = run(module, tests, disturbed)
+        outcome = run(module, tests, seconds_max, disturbed)
         words = f" (failed once only: {', '.join(map(_short, disturbed))})" if disturbed else ""
-        if outcome.failed is None or run(module, [outcome.failed]).failed:
+        if outcome.failed is None or run(module, [outcome.failed], seconds_max).failed:
             return outcome, words + (f", in its {outcome.phase}" if outcome.failed and outcome.phase != "call" else "")
         disturbed.append(outcome.failed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from setup.common import ROOT
-
-from .crate import BUILD
+from .crate import BUILD, TREE
 from .witness import MODULE, REPORT
 
 CONTRACT = Path("tests", "contract")
-TEST_SECONDS_MAX = 12
-"""A guest that hangs fails its test after this long; the slowest honest test takes a third of it."""
+BASELINE_TEST_SECONDS_MAX = 60
+MUTANT_TEST_SECONDS_MIN = 6
+"""A guest that hangs fails its test after this long, or after `SLOWER` times the slowest healthy test."""
+SLOWER = 3
 SILENT_SECONDS_MAX = 60
 """A run that says nothing for longer is stuck where no test's own limit reaches it, and is ended."""
 AFTER_FAILURE_SECONDS_MAX = 5
@@ -44,23 +45,34 @@ class Outcome:
     phase: str = ""
     hung: str | None = None
     output: str = ""
+    slowest: float = 0.0
 
 
-def run(module: Path, tests: Iterable[str], deselect: Iterable[str] = ()) -> Outcome:
+def limit(healthy: Outcome) -> int:
+    """Seconds that a test over a mutant may take, from a run over the core as it is."""
+    return max(MUTANT_TEST_SECONDS_MIN, math.ceil(SLOWER * healthy.slowest))
+
+
+def run(module: Path, tests: Iterable[str], test_seconds_max: int, deselect: Iterable[str] = ()) -> Outcome:
     """Run the native half of ``tests`` (paths or node ids) over ``module`` until the first failure.
 
     Raises `SuiteError` when pytest could not do so or another module was tested.
     """
     report, log = BUILD / "report.jsonl", BUILD / "output.txt"
     report.write_bytes(b"")
-    env = {**os.environ, MODULE: str(module), REPORT: str(report), "PYTHONPATH": str(module.parent)}
-    options = ["-q", "-x", "-k", "native", f"--timeout={TEST_SECONDS_MAX}", "-p", "no:cacheprovider"]
+    env = {
+        **os.environ,
+        MODULE: str(module),
+        REPORT: str(report),
+        "PYTHONPATH": f"{module.parent}:{TREE / 'src'}:{TREE}",
+    }
+    options = ["-q", "-x", "-k", "native", f"--timeout={test_seconds_max}", "-p", "no:cacheprovider"]
     options += [f"--deselect={test}" for test in deselect]
     command = [sys.executable, "-m", "pytest", "-p", "tests.mutants.witness", *options, *tests]
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, cwd=TREE, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         ended = _follow(process, report)
     outcome = _read(report, time.monotonic() - started, ended)
@@ -104,6 +116,7 @@ def _read(report: Path, seconds: float, ended: bool) -> Outcome:
         current = line.get("started", current)
         if "passed" in line:
             outcome.passed.append(line["passed"])
+            outcome.slowest = max(outcome.slowest, line["seconds"])
         if "failed" in line and outcome.failed is None:
             outcome.failed, outcome.phase = line["failed"], line["phase"]
     outcome.hung = current if ended else None

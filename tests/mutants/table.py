@@ -30,6 +30,8 @@ def _fill(name: str, what: str, old: str, new: str, tests: str) -> Mutant:
     return Mutant(name, what, "fill.rs", old, new, tests)
 
 
+_READ = "self.vm.uffd.read(&mut self.messages)"
+
 # fmt: off
 MUTANTS = [
     # which bytes
@@ -43,7 +45,7 @@ MUTANTS = [
     _fill("stale-buffer", "the cold reader's runs are installed from the beginning of their buffer",
           "taken.push((run, filled));", "taken.push((run, 0));", "cold"),
     Mutant("hole-eats-data", "a run of zeros goes on over the data behind it", "plan.rs",
-           "&& self.vm.is_hole(page) == hole)", ")", "replay sequential"),
+           "&& self.vm.is_hole(page) == hole)", ")", "sequential"),
     Mutant("hole-off-by-one", "the last page before a hole is taken for a hole", "image.rs",
            "|&(_, end)| end <= offset)", "|&(_, end)| end <= offset + len)", "content"),
     _faults("poison-zeros", "a page that cannot be read is filled with zeros",
@@ -53,7 +55,7 @@ MUTANTS = [
 
     # no fault is lost
     _faults("dropped-fault", "of faults that are read together only the first is served",
-            "for at in 0..self.faults.len() {", "for at in 0..self.faults.len().min(1) {", "record content"),
+            "for at in 0..self.faults.len() {", "for at in 0..self.faults.len().min(1) {", "crowd"),
     _faults("eagain-dropped", "a fault that is refused with EAGAIN counts as served",
             "Outcome::Later | Outcome::Partial(_) => return Ok(false),", "Outcome::Later | Outcome::Partial(_) => {}",
             "outcomes"),
@@ -76,9 +78,14 @@ MUTANTS = [
           "let gate = vm.gate.enter_behind_demand();", "let gate = ();", "gate"),
     _faults("gate-open-faults", "REMOVEs are read and applied outside the gate",
             "let _gate = self.vm.gate.enter_for_demand();", "", "gate"),
+    _faults("gate-left-early", "REMOVEs are read in the gate and applied outside it",
+            f"let _gate = self.vm.gate.enter_for_demand();\n        loop {{\n            let count = match {_READ} {{",
+            f"loop {{ let count = match {{ let _gate = self.vm.gate.enter_for_demand(); let read = {_READ};\n"
+            "self.vm.gate.demand_served(); read } {", "gate"),
     _faults("faults-first", "a fault is served as soon as it is read, REMOVEs behind it or not",
             "self.faults.push(Fault { page, read_at });",
-            "self.faults.push(Fault { page, read_at });\n        self.serve_fault(self.faults.len() - 1)?;", "removed"),
+            "self.faults.push(Fault { page, read_at });\n"
+            "self.serve_fault(self.faults.len() - 1)?;\nself.faults.pop();", "gate"),
 
     # the plan
     Mutant("unrecorded-replayed", "replay adds the page behind each run", "plan.rs",

@@ -29,7 +29,7 @@ class Witness:
         if report.failed:
             self._say(failed=report.nodeid, phase=report.when)
         elif report.passed and report.when == "call" and "native" in report.nodeid:
-            self._say(passed=report.nodeid)
+            self._say(passed=report.nodeid, seconds=report.duration)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> None:
