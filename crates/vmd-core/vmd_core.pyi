@@ -24,15 +24,15 @@ class Core:
         offsets: bytes,
         prefetch_bytes_max: int,
         fault_unserved_seconds: float,
+        exit_wait_seconds: float,
         image_read_tries: int,
         poison_lines_max: int,
         memory_floor_percent: int,
         injections: list[tuple[str, str, int, int, int]],
     ) -> Core:
-        """Take over three descriptors: a non-blocking userfaultfd, the VMM's pidfd (-1: it has
-        gone), and the image.
+        """Take over three descriptors: userfaultfd (non-blocking), pidfd of the VMM, image.
 
-        ``regions``: (host address, size, image offset) in bytes, already checked. ``offsets``:
+        ``pidfd`` is -1 when the VMM has gone already. ``regions``: (host address, size, image offset) in bytes, already checked. ``offsets``:
         image offsets as native unsigned 64-bit integers, first-touch order. ``injections``: (op,
         outcome, count, after, errno), see `vmd.pages.contract.Injection`. Raises ValueError or
         OSError, and then the descriptors stay with the caller.
@@ -47,7 +47,8 @@ class Core:
     def join(self) -> tuple[str, str | None]:
         """Wait for the end, without the GIL: ("gone" | "stopped" | "failed", why it failed).
 
-        The descriptors are closed by then. Idempotent.
+        The descriptors are closed by then; only the image stays open while a read of it does not
+        return. Idempotent.
         """
 
     @property

@@ -20,6 +20,10 @@ SOCKET_PATH_BYTES_MAX = 107
 # Beyond it the guest is as good as hung: the VM is failed and killed, never left hanging.
 FAULT_UNSERVED_SECONDS_MAX = 10.0
 
+# The kernel says that a VMM's memory has gone (ESRCH) when it begins to free it, and its pidfd says
+# that the VMM has exited when it is done: about 70 ms a GiB. Beyond this it is no exit.
+VMM_EXIT_SECONDS = 30.0
+
 # Reads of the image that fail are tried this often in all before the page counts as lost.
 IMAGE_READ_TRIES = 3
 

@@ -96,8 +96,9 @@ def test_memory_that_is_not_registered_fails_the_vm(
 
 
 def test_an_address_space_that_went_without_its_process_fails_the_vm(
-    serve: Serve, make_image: MakeImage, op_and_page: tuple[str, int]
+    serve: Serve, make_image: MakeImage, op_and_page: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "VMM_EXIT_SECONDS", 0.5)
     op, page = op_and_page
     served = serve(make_image(4, holes={HOLE}), service=injected(op, Outcome.GONE))
     served.vmm.start_last("read", [page])

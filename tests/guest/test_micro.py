@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.guest.vmm import Vmm, figures
 
 SOURCES = Path(__file__).parents[2] / "guest" / "micro"

@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"sandbox"},
             {"demo", "doctor", "plot"},
             {"cli", "daemon"},
+            {"__main__"},
         ),
     )
 )

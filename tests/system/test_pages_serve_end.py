@@ -160,7 +160,7 @@ def cut(memory: Path, pages: int) -> None:
 
 
 @CORES
-@pytest.mark.seed(20, 21)
+@pytest.mark.seed(21)
 @pytest.mark.parametrize("lost", [1, 10, 25])
 def test_pages_of_a_truncated_image_are_named_and_poisoned(
     serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, core: str, lost: int
@@ -189,7 +189,7 @@ def test_pages_of_a_truncated_image_are_named_and_poisoned(
 
 
 @CORES
-@pytest.mark.seed(20, 21)
+@pytest.mark.seed(21)
 def test_a_page_that_the_vmm_itself_touches_is_a_sigbus(
     serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, core: str
 ) -> None:

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::core::{Beside, Core};
-use crate::faults::Ended;
+use crate::demand::Ended;
 use crate::image::Image;
 use crate::regions::{Region, Regions};
 use crate::states::States;
@@ -26,9 +26,10 @@ struct PyCore(Core);
 impl PyCore {
     #[new]
     #[pyo3(signature = (*, uffd, pidfd, image, regions, page_size, beside, offsets, prefetch_bytes_max,
-                        fault_unserved_seconds, image_read_tries, poison_lines_max, memory_floor_percent, injections))]
+                        fault_unserved_seconds, exit_wait_seconds, image_read_tries, poison_lines_max, memory_floor_percent, injections))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
+        py: Python<'_>,
         uffd: RawFd,
         pidfd: RawFd,
         image: RawFd,
@@ -38,6 +39,7 @@ impl PyCore {
         offsets: &[u8],
         prefetch_bytes_max: u64,
         fault_unserved_seconds: f64,
+        exit_wait_seconds: f64,
         image_read_tries: u32,
         poison_lines_max: u64,
         memory_floor_percent: u64,
@@ -56,6 +58,7 @@ impl PyCore {
         };
         let limits = Limits {
             fault_unserved: Duration::from_secs_f64(fault_unserved_seconds),
+            exit_wait: Duration::from_secs_f64(exit_wait_seconds),
             image_read_tries,
             poison_lines_max,
             memory_floor_percent,
@@ -67,10 +70,12 @@ impl PyCore {
         let (uffd, image) = unsafe { (OwnedFd::from_raw_fd(uffd), OwnedFd::from_raw_fd(image)) };
         // SAFETY: as above.
         let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
+        // A file of many holes, or storage that does not answer, must not hold up other threads.
+        let (image, states) = py.detach(|| (Image::new(image), States::new(regions.pages())));
         let vm = Vm {
             uffd: Uffd::new(uffd, injections),
-            image: Image::new(image),
-            states: States::new(regions.pages()),
+            image: Arc::new(image),
+            states,
             regions,
             gate: Gate::default(),
             process: Process(pidfd),

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::faults::{self, Ended};
+use crate::demand::Ended;
+use crate::faults;
 use crate::fill::{data_run_max, fill_from_cache, fill_reading_ahead};
 use crate::plan::{Runs, recorded, sequential};
 use crate::vm::{Outside, Vm};
@@ -26,21 +27,31 @@ pub enum Beside {
 /// The threads of one VM.
 pub struct Core {
     pub outside: Arc<Outside>,
-    ready: Mutex<Option<(Vm, Beside)>>,
-    thread: Mutex<Option<JoinHandle<Ended>>>,
-    ended: Mutex<Option<Ended>>,
+    life: Mutex<Life>,
+}
+
+enum Life {
+    Ready(Box<(Vm, Beside)>),
+    Running(JoinHandle<Ended>),
+    Over(Ended),
 }
 
 impl Core {
     pub fn new(vm: Vm, beside: Beside) -> Self {
         let outside = Arc::clone(&vm.outside);
-        Self { outside, ready: Mutex::new(Some((vm, beside))), thread: Mutex::new(None), ended: Mutex::new(None) }
+        Self { outside, life: Mutex::new(Life::Ready(Box::new((vm, beside)))) }
     }
 
     /// Begin to serve. A second call does nothing.
     pub fn start(&self) -> std::io::Result<()> {
-        let Some((vm, beside)) = self.ready.lock().unwrap().take() else { return Ok(()) };
+        let mut life = self.life.lock().unwrap();
+        if !matches!(*life, Life::Ready(_)) {
+            return Ok(());
+        }
+        // Should no thread be had, the VM is dropped with the closure, and has stopped.
+        let Life::Ready(ready) = std::mem::replace(&mut *life, Life::Over(Ended::Stopped)) else { unreachable!() };
         let run = move || {
+            let (vm, beside) = *ready;
             let outside = Arc::clone(&vm.outside);
             let ended = serve(&vm, beside);
             drop(vm); // descriptors are closed before anybody hears of the end
@@ -48,7 +59,7 @@ impl Core {
             ended
         };
         let thread = std::thread::Builder::new().name("vmd-faults".into()).stack_size(STACK_BYTES).spawn(run)?;
-        *self.thread.lock().unwrap() = Some(thread);
+        *life = Life::Running(thread);
         Ok(())
     }
 
@@ -59,16 +70,18 @@ impl Core {
 
     /// Wait for the end. A core that was never started has stopped.
     pub fn join(&self) -> Ended {
-        let mut ended = self.ended.lock().unwrap();
-        if ended.is_none() {
-            drop(self.ready.lock().unwrap().take());
-            let thread = self.thread.lock().unwrap().take();
-            let how = thread.map_or(Ok(Ended::Stopped), JoinHandle::join);
-            *ended = Some(how.unwrap_or_else(|_| Ended::Failed("the fault thread panicked".into())));
-            self.outside.stop.close();
-            self.outside.ended.close();
-        }
-        ended.clone().expect("set above")
+        let mut life = self.life.lock().unwrap();
+        let ended = match std::mem::replace(&mut *life, Life::Over(Ended::Stopped)) {
+            Life::Ready(_) => Ended::Stopped,
+            Life::Running(thread) => {
+                thread.join().unwrap_or_else(|_| Ended::Failed("the fault thread panicked".into()))
+            }
+            Life::Over(ended) => ended,
+        };
+        *life = Life::Over(ended.clone());
+        self.outside.stop.close();
+        self.outside.ended.close();
+        ended
     }
 }
 
@@ -86,7 +99,6 @@ fn serve(vm: &Vm, beside: Beside) -> Ended {
         let ended = vm.stats().cpu.measure(serving);
         let ended = ended.unwrap_or_else(|_| Ended::Failed("the fault thread panicked".into()));
         vm.ending.store(true, Ordering::Relaxed);
-        vm.gate.demand_served(); // the filler may be waiting for it
         if matches!(ended, Ended::Failed(_)) {
             vm.process.kill(); // a VM that cannot be served must not hang
         }

@@ -6,36 +6,27 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::abi::{self, Message};
+use crate::cold::ColdReads;
+use crate::demand::{Ended, Progress, failed};
 use crate::states::State;
 use crate::stats::add;
-use crate::uffd::Outcome;
 use crate::vm::Vm;
 
 const MESSAGES_PER_READ: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_micros(100);
 const RETRY_LAST: Duration = Duration::from_millis(2);
-/// ESRCH comes when the address space goes, the pidfd's word when the last thread has gone.
-const EXIT_WAIT: Duration = Duration::from_secs(1);
-
-/// Why serving ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The VMM has exited.
-    Gone,
-    /// The owner asked for it.
-    Stopped,
-    /// The VM cannot be served; the text says what and why.
-    Failed(String),
-}
+/// How often faults that wait for storage are looked at while nothing else happens.
+const COLD_LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy)]
 struct Fault {
     page: usize,
     read_at: Instant,
+    refused: bool, // at least once
 }
 
 struct FaultThread<'a> {
@@ -43,8 +34,11 @@ struct FaultThread<'a> {
     buffer: Vec<u8>,
     messages: [Message; MESSAGES_PER_READ],
     faults: Vec<Fault>,
-    parked: Vec<Fault>,
+    parked: Vec<Fault>,  // refused: a REMOVE is pending
+    reading: Vec<Fault>, // their pages are being read from storage
+    cold: Option<ColdReads>,
     retry_after: Duration,
+    ignored: Vec<u8>, // kinds of events that have been warned of
     recorder: Option<Recorder>,
 }
 
@@ -56,7 +50,10 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
         messages: [Message::default(); MESSAGES_PER_READ],
         faults: Vec::with_capacity(MESSAGES_PER_READ),
         parked: Vec::new(),
+        reading: Vec::new(),
+        cold: None,
         retry_after: RETRY_FIRST,
+        ignored: Vec::new(),
         recorder: record.then(|| Recorder::new(vm.regions.pages())),
     };
     loop {
@@ -69,17 +66,21 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
 impl FaultThread<'_> {
     fn turn(&mut self) -> Result<(), Ended> {
         self.wait()?;
+        let vm = self.vm;
+        let _gate = vm.gate.enter_for_demand();
         self.drain()?;
         for at in 0..self.faults.len() {
             self.serve_fault(at)?;
         }
+        self.faults.clear();
+        if !self.reading.is_empty() {
+            self.release_known();
+            self.take_cold()?;
+        }
         if !self.parked.is_empty() {
             self.retry_parked()?;
         }
-        self.faults.clear();
-        self.vm.stats().set_oldest(self.parked.first().map(|fault| fault.read_at));
-        self.vm.gate.demand_served();
-        Ok(())
+        self.watch_oldest()
     }
 
     /// Sleep until there is something to do: a message, a parked fault's time, stop or exit.
@@ -88,13 +89,15 @@ impl FaultThread<'_> {
             return Err(Ended::Gone);
         }
         let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [self.vm.uffd.raw(), self.vm.outside.stop.raw(), self.vm.process.raw()].map(entry);
-        let nanos = self.retry_after.subsec_nanos() as libc::c_long;
-        let timeout = libc::timespec { tv_sec: 0, tv_nsec: nanos };
-        let timeout = if self.parked.is_empty() { std::ptr::null() } else { &raw const timeout };
-        // SAFETY: three valid pollfds, a null or valid timeout, no signal mask. Whatever it
-        // returns (a time-out and EINTR included), `revents` says what there is to do.
-        unsafe { libc::ppoll(fds.as_mut_ptr(), 3, timeout, std::ptr::null()) };
+        let cold = self.cold.as_ref().map_or(-1, ColdReads::raw);
+        let mut fds = [self.vm.uffd.raw(), self.vm.outside.stop.raw(), self.vm.process.raw(), cold].map(entry);
+        let wait = if self.parked.is_empty() { COLD_LOOK } else { self.retry_after };
+        let timeout = libc::timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+        let idle = self.parked.is_empty() && self.reading.is_empty();
+        let timeout = if idle { std::ptr::null() } else { &raw const timeout };
+        // SAFETY: valid pollfds, a null or valid timeout, no signal mask. Whatever it returns (a
+        // time-out and EINTR included), `revents` says what there is to do.
+        unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout, std::ptr::null()) };
         if fds[2].revents != 0 {
             return Err(Ended::Gone);
         }
@@ -118,11 +121,10 @@ impl FaultThread<'_> {
 
     /// Read the queue to its end: apply each REMOVE, gather the faults.
     fn drain(&mut self) -> Result<(), Ended> {
-        let _gate = self.vm.gate.enter_for_demand();
         loop {
             let count = match self.vm.uffd.read(&mut self.messages) {
                 Ok(count) => count,
-                Err(error) if self.vm.process.exited_within(Duration::ZERO) => return self.gone(&error),
+                Err(_) if self.vm.process.has_exited() => return Err(Ended::Gone),
                 Err(error) => return Err(failed("userfaultfd: read", &error)),
             };
             let read_at = Instant::now();
@@ -143,17 +145,22 @@ impl FaultThread<'_> {
         match message.event {
             abi::EVENT_PAGEFAULT => self.take_fault(message.second, read_at)?,
             abi::EVENT_REMOVE | abi::EVENT_UNMAP => self.remove(message.first, message.second),
-            abi::EVENT_FORK => self.close_child(message.first as RawFd),
-            other => self.vm.warn(format!("userfaultfd: an unknown event, {other:#x}, is ignored")),
+            other => self.ignore(other, message.first as RawFd),
         }
         Ok(())
     }
 
-    /// The child's userfaultfd came with the message: nobody else knows of it.
-    fn close_child(&self, fd: RawFd) {
-        // SAFETY: the kernel made this descriptor for the reader of the message, which is us.
-        drop(unsafe { OwnedFd::from_raw_fd(fd) });
-        self.vm.warn("userfaultfd: a FORK event, which was not asked for, is ignored".into());
+    /// An event that was not asked for. Named once: the VMM can make any number of them.
+    fn ignore(&mut self, event: u8, child: RawFd) {
+        if event == abi::EVENT_FORK {
+            // SAFETY: the child's userfaultfd came with the message; the kernel made this
+            // descriptor for the reader of the message, which is us.
+            drop(unsafe { OwnedFd::from_raw_fd(child) });
+        }
+        if !self.ignored.contains(&event) {
+            self.ignored.push(event);
+            self.vm.warn(format!("userfaultfd: event {event:#x} is not known and ignored"));
+        }
     }
 
     fn take_fault(&mut self, address: u64, read_at: Instant) -> Result<(), Ended> {
@@ -164,7 +171,7 @@ impl FaultThread<'_> {
         if let Some(recorder) = &mut self.recorder {
             recorder.note(self.vm, page);
         }
-        self.faults.push(Fault { page, read_at });
+        self.faults.push(Fault { page, read_at, refused: false });
         Ok(())
     }
 
@@ -179,129 +186,120 @@ impl FaultThread<'_> {
     fn serve_fault(&mut self, at: usize) -> Result<(), Ended> {
         let fault = self.faults[at];
         let same = |other: &Fault| other.page == fault.page;
-        if self.parked.iter().any(same) {
-            add(&self.vm.stats().counters.parked, 1); // served, and woken, with the one that waits
-            return Ok(());
-        }
-        // Faults of one batch on one page: the first install woke them all.
-        if self.faults[..at].iter().any(same) || self.install(fault.page)? {
-            self.vm.stats().latency.record(fault.read_at.elapsed());
-            return Ok(());
-        }
-        add(&self.vm.stats().counters.parked, 1);
-        self.retry_after = RETRY_FIRST;
-        self.parked.push(fault);
+        let progress = if self.parked.iter().any(same) {
+            Progress::Refused // served, and woken, with the one that waits
+        } else if self.reading.iter().any(same) && self.vm.needs_image(fault.page) {
+            Progress::Reading
+        } else if self.faults[..at].iter().any(same) {
+            Progress::Served // the first install of this batch woke them all
+        } else {
+            self.install(fault.page)?
+        };
+        self.note(fault, progress);
         Ok(())
+    }
+
+    fn note(&mut self, mut fault: Fault, progress: Progress) {
+        match progress {
+            Progress::Served => self.vm.stats().latency.record(fault.read_at.elapsed()),
+            Progress::Reading => self.reading.push(fault),
+            Progress::Refused => {
+                if !std::mem::replace(&mut fault.refused, true) {
+                    add(&self.vm.stats().counters.parked, 1);
+                    self.retry_after = RETRY_FIRST;
+                }
+                self.parked.push(fault);
+            }
+        }
     }
 
     fn retry_parked(&mut self) -> Result<(), Ended> {
         self.retry_after = (self.retry_after * 2).min(RETRY_LAST);
-        let mut waiting = Vec::new();
-        for fault in std::mem::take(&mut self.parked) {
-            let age = fault.read_at.elapsed();
-            if self.install(fault.page)? {
-                self.vm.stats().latency.record(age);
-            } else if age > self.vm.limits.fault_unserved {
-                return Err(self.overdue(fault, age));
-            } else {
-                waiting.push(fault);
+        let mut parked = std::mem::take(&mut self.parked);
+        while let Some(first) = parked.first().copied() {
+            let progress = self.install(first.page)?;
+            for fault in take_of_page(&mut parked, first.page) {
+                self.note(fault, progress);
             }
         }
-        self.parked = waiting;
         Ok(())
     }
 
-    fn overdue(&self, fault: Fault, age: Duration) -> Ended {
+    /// Faults whose pages were removed, or installed, while storage was asked for their bytes:
+    /// woken, who still misses the page faults again.
+    fn release_known(&mut self) {
+        let reading = std::mem::take(&mut self.reading);
+        for fault in reading {
+            if self.vm.needs_image(fault.page) {
+                self.reading.push(fault);
+            } else {
+                self.vm.uffd.wake(self.vm.regions.address(fault.page), self.vm.regions.page_size);
+                self.note(fault, Progress::Served);
+            }
+        }
+    }
+
+    /// Install what storage has given meanwhile.
+    fn take_cold(&mut self) -> Result<(), Ended> {
+        for read in self.cold.as_ref().map(ColdReads::take).unwrap_or_default() {
+            if !self.vm.needs_image(read.page) {
+                continue; // released
+            }
+            let progress = match read.bytes {
+                Ok(bytes) => self.vm.copy_in(read.page, &bytes)?,
+                Err(error) => self.vm.poison(read.page, &error)?,
+            };
+            for fault in take_of_page(&mut self.reading, read.page) {
+                self.note(fault, progress);
+            }
+        }
+        Ok(())
+    }
+
+    /// Publish the oldest fault that waits; past its limit the VM is as good as hung.
+    fn watch_oldest(&self) -> Result<(), Ended> {
+        let oldest = self.parked.iter().chain(&self.reading).min_by_key(|fault| fault.read_at);
+        self.vm.stats().set_oldest(oldest.map(|fault| fault.read_at));
+        match oldest {
+            Some(fault) if fault.read_at.elapsed() > self.vm.limits.fault_unserved => Err(self.overdue(*fault)),
+            _ => Ok(()),
+        }
+    }
+
+    fn overdue(&self, fault: Fault) -> Ended {
+        let age = fault.read_at.elapsed();
         let address = self.vm.regions.address(fault.page);
         let state = self.vm.states.get(fault.page);
         Ended::Failed(format!("fault at {address:#x} (page state {state:?}) not served for {} ms", age.as_millis()))
     }
 
-    /// Install the page of a demand fault. False: it has to wait.
-    fn install(&mut self, page: usize) -> Result<bool, Ended> {
-        let state = self.vm.states.get(page);
-        if state == State::Poisoned {
-            self.vm.uffd.wake(self.vm.regions.address(page), self.vm.regions.page_size);
-            return Ok(true); // its touch is a SIGBUS now
+    /// Install the page of a demand fault.
+    fn install(&mut self, page: usize) -> Result<Progress, Ended> {
+        if !self.vm.needs_image(page) {
+            return self.vm.install_known(page);
         }
-        if state != State::Absent || self.vm.is_hole(page) {
-            let outcome = self.vm.zero(page, 1);
-            return self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.zero, 1));
-        }
-        if let Err(error) = self.read_page(page) {
-            return self.poison(page, &error);
-        }
-        let outcome = self.vm.uffd.copy(self.vm.regions.address(page), &self.buffer);
-        self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.demand, 1))
-    }
-
-    fn read_page(&mut self, page: usize) -> io::Result<()> {
         let offset = self.vm.regions.offset(page);
-        let mut result = self.vm.image.read(&mut self.buffer, offset);
-        for _ in 1..self.vm.limits.image_read_tries {
-            if result.is_ok() {
-                break;
-            }
-            result = self.vm.image.read(&mut self.buffer, offset);
+        if self.vm.image.read_now(&mut self.buffer, offset) {
+            return self.vm.copy_in(page, &self.buffer);
         }
-        result
+        let asked = self.cold_reads().and_then(|cold| cold.ask(page, offset));
+        asked.map(|()| Progress::Reading).map_err(|error| failed("a thread to read the memory file", &error))
     }
 
-    /// A page that cannot be read is made to fail loudly at its first touch: never wrong bytes.
-    fn poison(&mut self, page: usize, cause: &io::Error) -> Result<bool, Ended> {
-        let (address, offset) = (self.vm.regions.address(page), self.vm.regions.offset(page));
-        let lost = format!("page at {address:#x} (memory offset {offset}) cannot be read: {cause}");
-        let outcome = self.vm.uffd.poison(address, self.vm.regions.page_size);
-        if let Outcome::Fatal(errno) = outcome {
-            let why = io::Error::from_raw_os_error(errno);
-            return Err(Ended::Failed(format!("{lost}; poisoning it: {why}")));
+    fn cold_reads(&mut self) -> io::Result<&mut ColdReads> {
+        if self.cold.is_none() {
+            let (image, outside) = (Arc::clone(&self.vm.image), Arc::clone(&self.vm.outside));
+            let (page_size, tries) = (self.vm.regions.page_size as usize, self.vm.limits.image_read_tries);
+            self.cold = Some(ColdReads::new(image, outside, page_size, tries)?);
         }
-        self.conclude(page, outcome, State::Poisoned, |vm| {
-            let before = vm.stats().counters.poisoned.fetch_add(1, Ordering::Relaxed);
-            if before < vm.limits.poison_lines_max {
-                vm.warn(lost);
-            }
-        })
-    }
-
-    fn conclude(&self, page: usize, outcome: Outcome, state: State, count: impl FnOnce(&Vm)) -> Result<bool, Ended> {
-        let address = self.vm.regions.address(page);
-        match outcome {
-            Outcome::Done => {
-                self.vm.states.set(page, state);
-                count(self.vm);
-            }
-            Outcome::Present => {
-                self.vm.states.set(page, State::Installed);
-                add(&self.vm.stats().counters.present, 1);
-                self.vm.uffd.wake(address, self.vm.regions.page_size);
-            }
-            Outcome::Later | Outcome::Partial(_) => return Ok(false),
-            Outcome::Edge if !self.vm.process.exited_within(Duration::ZERO) => {
-                return Err(Ended::Failed(format!("fault at {address:#x}: no userfaultfd memory is registered there")));
-            }
-            Outcome::Edge | Outcome::Gone => {
-                return self.gone(&io::Error::from_raw_os_error(libc::ESRCH)).map(|()| true);
-            }
-            Outcome::Fatal(errno) => {
-                let why = io::Error::from_raw_os_error(errno);
-                return Err(failed(&format!("install at {address:#x}"), &why));
-            }
-        }
-        Ok(true)
-    }
-
-    /// The address space is gone. So the process must go: else it is no VMM that we can serve.
-    fn gone(&self, cause: &io::Error) -> Result<(), Ended> {
-        match self.vm.process.exited_within(EXIT_WAIT) {
-            true => Err(Ended::Gone),
-            false => Err(failed("the VMM lives on without the memory that it registered", cause)),
-        }
+        Ok(self.cold.as_mut().expect("made above"))
     }
 }
 
-fn failed(what: &str, why: &io::Error) -> Ended {
-    Ended::Failed(format!("{what}: {why}"))
+fn take_of_page(faults: &mut Vec<Fault>, page: usize) -> Vec<Fault> {
+    let (taken, left) = std::mem::take(faults).into_iter().partition(|fault| fault.page == page);
+    *faults = left;
+    taken
 }
 
 /// Notes the offsets of faulted pages, each once, in the order in which the faults were read.

@@ -24,6 +24,8 @@ use crate::vm::Vm;
 const BUFFERS: usize = 4;
 /// The first bytes must arrive early; later on, fewer and larger hand-overs cost less.
 const FIRST_CHUNK: usize = 32 << 10;
+/// Holes fill no buffer, but must not wait for ever behind one read.
+const CHUNK_RUNS_MAX: usize = 64;
 /// Most bytes that one entry of the gate installs: what a demand fault may have to wait for.
 const PIECE: usize = 64 << 10;
 /// A refused install (a REMOVE is pending) is retried this often, this far apart; then the page
@@ -48,7 +50,7 @@ pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, coun
             continue;
         }
         let bytes = &mut buffer.bytes()[..data_bytes(vm, &run)];
-        if !(run.hole || vm.image.read_cached(bytes, vm.regions.offset(run.pages.start))) {
+        if !(run.hole || vm.image.read_now(bytes, vm.regions.offset(run.pages.start))) {
             break Some(run);
         }
         if !install_run(vm, run, bytes, counter) {
@@ -101,7 +103,7 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
     let (mut filled, mut taken) = (0, Vec::new());
     for run in runs {
         let bytes = data_bytes(vm, &run);
-        if filled + bytes > buffer.bytes().len() || filled >= target {
+        if filled + bytes > buffer.bytes().len() || filled >= target || taken.len() >= CHUNK_RUNS_MAX {
             if full.send(Chunk { buffer, runs: std::mem::take(&mut taken) }).is_err() {
                 return false;
             }
@@ -222,7 +224,7 @@ fn note(vm: &Vm, piece: &Range<usize>, outcome: Outcome, counter: &AtomicU64) ->
         Outcome::Done => piece.len(),
         Outcome::Partial(bytes) => (bytes / vm.regions.page_size) as usize,
         Outcome::Present => {
-            // Demand installed it between our look and our call; its waiters must be woken.
+            // Whoever put it there: waiters must be woken.
             add(&vm.stats().counters.present, 1);
             vm.states.set(piece.start, State::Installed);
             vm.uffd.wake(vm.regions.address(piece.start), vm.regions.page_size);

@@ -5,10 +5,14 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+/// From `<linux/magic.h>`.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
+
 /// An open memory file and the byte ranges of it that hold data; the rest are holes: known zeros.
 pub struct Image {
     file: File,
     size: u64,
+    in_memory: bool, // tmpfs: a read never waits, and RWF_NOWAIT is not known there
     extents: Vec<(u64, u64)>,
 }
 
@@ -18,7 +22,8 @@ impl Image {
         let file = File::from(fd);
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         let extents = data_extents(&file, size).unwrap_or_else(|_| vec![(0, size)]);
-        Self { file, size, extents }
+        let in_memory = is_in_memory(&file);
+        Self { file, size, in_memory, extents }
     }
 
     /// Fill `buffer` from `offset`. A file that ends inside is an error like a bad sector.
@@ -26,9 +31,11 @@ impl Image {
         self.file.read_exact_at(buffer, offset)
     }
 
-    /// Fill `buffer` from `offset` if the page cache has it all. False: it would have to wait, or
-    /// the file system cannot tell.
-    pub fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
+    /// Fill `buffer` from `offset` if that needs no wait for storage. False: it does, or it fails.
+    pub fn read_now(&self, buffer: &mut [u8], offset: u64) -> bool {
+        if self.in_memory {
+            return self.read(buffer, offset).is_ok();
+        }
         let part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
         // SAFETY: one iovec over a buffer that is valid, and borrowed mutably, for its whole length.
         let read = unsafe {
@@ -62,6 +69,18 @@ fn data_extents(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
     Ok(extents)
 }
 
+fn is_in_memory(file: &File) -> bool {
+    // SAFETY: all zeros is a valid statfs; fstatfs writes one through a valid pointer.
+    let kind = unsafe {
+        let mut status: libc::statfs = std::mem::zeroed();
+        if libc::fstatfs(file.as_raw_fd(), &raw mut status) < 0 {
+            return false;
+        }
+        status.f_type
+    };
+    kind == libc::TMPFS_MAGIC || kind == RAMFS_MAGIC
+}
+
 fn seek(file: &File, position: u64, whence: i32) -> io::Result<u64> {
     // SAFETY: lseek touches no memory.
     let found = unsafe { libc::lseek(file.as_raw_fd(), position as libc::off_t, whence) };
@@ -75,7 +94,7 @@ mod tests {
     #[test]
     fn holes_are_what_no_extent_touches() {
         let file = File::open("/dev/null").unwrap();
-        let image = Image { file, size: 1 << 20, extents: vec![(4096, 8192), (16384, 20480)] };
+        let image = Image { file, size: 1 << 20, in_memory: false, extents: vec![(4096, 8192), (16384, 20480)] };
         assert!(image.is_hole(0, 4096));
         assert!(!image.is_hole(0, 4097));
         assert!(!image.is_hole(4096, 4096));

@@ -11,6 +11,8 @@
 //! | `image` | the memory file: pread, and holes that are known zeros |
 //! | `stats` | counters, latency histogram and CPU time, readable while serving |
 //! | `vm` | one VM: all of the above, and the gate between the fault thread and the filler |
+//! | `cold` | demand pages that storage has to be waited for |
+//! | `demand` | installing one page, and what each outcome means |
 //! | `faults` | the fault thread: drain, apply REMOVE, install, park |
 //! | `plan` | what to install beside demand: replay in recorded order, or sequentially |
 //! | `fill` | the filler: one reader, one installer, staging buffers between them |
@@ -19,7 +21,9 @@
 
 mod abi;
 mod binding;
+mod cold;
 mod core;
+mod demand;
 mod faults;
 mod fill;
 mod image;

@@ -15,6 +15,7 @@ pub struct Regions {
     pub page_size: u64,
     ordered: Vec<Region>,
     first_pages: Vec<usize>, // of each region, and the total at the end
+    by_offset: Vec<usize>,   // places in `ordered`, in the order of the image
 }
 
 impl Regions {
@@ -24,7 +25,9 @@ impl Regions {
         for region in &regions {
             first_pages.push(first_pages[first_pages.len() - 1] + (region.size / page_size) as usize);
         }
-        Self { page_size, ordered: regions, first_pages }
+        let mut by_offset: Vec<usize> = (0..regions.len()).collect();
+        by_offset.sort_by_key(|&at| regions[at].offset);
+        Self { page_size, ordered: regions, first_pages, by_offset }
     }
 
     pub fn pages(&self) -> usize {
@@ -40,8 +43,10 @@ impl Regions {
 
     /// The page whose bytes are at a file offset.
     pub fn find_offset(&self, offset: u64) -> Option<usize> {
-        let at = self.ordered.iter().position(|r| r.offset <= offset && offset - r.offset < r.size)?;
-        Some(self.first_pages[at] + ((offset - self.ordered[at].offset) / self.page_size) as usize)
+        let place = self.by_offset.partition_point(|&at| self.ordered[at].offset <= offset).checked_sub(1)?;
+        let at = self.by_offset[place];
+        let within = offset - self.ordered[at].offset;
+        (within < self.ordered[at].size).then(|| self.first_pages[at] + (within / self.page_size) as usize)
     }
 
     pub fn address(&self, page: usize) -> u64 {
@@ -61,9 +66,7 @@ impl Regions {
 
     /// First page of each region, in the order of the image.
     pub fn by_offset(&self) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.ordered.len()).collect();
-        order.sort_by_key(|&at| self.ordered[at].offset);
-        order.into_iter().map(|at| self.first_pages[at]).collect()
+        self.by_offset.iter().map(|&at| self.first_pages[at]).collect()
     }
 
     /// The pages of an address range, clipped to the regions, as runs.

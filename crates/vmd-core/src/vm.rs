@@ -21,6 +21,8 @@ const HUGE_PAGE: usize = 2 << 20;
 pub struct Limits {
     /// A fault that waits longer fails the VM.
     pub fault_unserved: Duration,
+    /// An address space may go this long before its process: freeing large memory takes time.
+    pub exit_wait: Duration,
     /// Reads of a page before it counts as lost.
     pub image_read_tries: u32,
     /// Lines that name single lost pages; beyond it they are only counted.
@@ -33,7 +35,7 @@ pub struct Limits {
 /// of them has ended.
 pub struct Vm {
     pub uffd: Uffd,
-    pub image: Image,
+    pub image: Arc<Image>,
     pub regions: Regions,
     pub states: States,
     pub gate: Gate,
@@ -73,6 +75,7 @@ impl Vm {
     pub fn zero(&self, page: usize, pages: usize) -> Outcome {
         let address = self.regions.address(page);
         if self.regions.page_size as usize == HUGE_PAGE {
+            debug_assert_eq!(pages, 1);
             return self.uffd.copy(address, &ZEROS);
         }
         self.uffd.zero(address, pages as u64 * self.regions.page_size)
@@ -84,14 +87,9 @@ impl Vm {
     }
 }
 
-/// A demand fault that is served from the page cache is over after so many looks, some 50 µs. One
-/// that waits for storage takes longer, and must not cost a CPU meanwhile.
-const QUICK_LOOKS: u32 = 200;
-const SLOW_LOOK: Duration = Duration::from_micros(100);
-
 /// Keeps the filler's check of a page's state and its install in one piece against REMOVE.
 ///
-/// The fault thread holds the gate from before it reads messages until it has applied them, and
+/// The fault thread holds the gate for a whole turn: read messages, apply them, serve the faults;
 /// the filler around check, install and note. So no REMOVE is *read* between the filler's check
 /// and its note; and before it is read, the kernel answers installs with EAGAIN. Without this a
 /// page could be removed and then filled with stale bytes, with return code 0.
@@ -105,34 +103,21 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Fault thread: enter ahead of the filler, which stays out until `demand_served`.
+    /// Fault thread: enter as the next one. A mutex alone is not fair: the filler, which leaves
+    /// and enters again at once, would mostly win.
     pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
         self.demand.store(true, Ordering::Release);
-        self.lock.lock().unwrap()
-    }
-
-    /// Fault thread: the turn is over.
-    pub fn demand_served(&self) {
+        let guard = self.lock.lock().unwrap();
         self.demand.store(false, Ordering::Release);
+        guard
     }
 
-    /// Filler: enter when no demand fault is being served.
+    /// Filler: enter when the fault thread does not want to.
     pub fn enter_behind_demand(&self) -> MutexGuard<'_, ()> {
-        loop {
-            let mut looks = 0;
-            while self.demand.load(Ordering::Acquire) {
-                looks += 1;
-                if looks < QUICK_LOOKS {
-                    std::thread::yield_now();
-                } else {
-                    std::thread::sleep(SLOW_LOOK); // it waits for storage
-                }
-            }
-            let guard = self.lock.lock().unwrap();
-            if !self.demand.load(Ordering::Acquire) {
-                return guard;
-            }
+        while self.demand.load(Ordering::Acquire) {
+            std::thread::yield_now();
         }
+        self.lock.lock().unwrap()
     }
 }
 
@@ -144,14 +129,10 @@ impl Process {
         self.0.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 
-    /// Wait at most this long for its exit.
-    pub fn exited_within(&self, wait: Duration) -> bool {
-        if self.0.is_none() {
-            return true;
-        }
+    pub fn has_exited(&self) -> bool {
         let mut fd = libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd.
-        unsafe { libc::poll(&raw mut fd, 1, wait.as_millis() as i32) == 1 }
+        // SAFETY: one valid pollfd. Without waiting there is nothing to interrupt.
+        self.0.is_none() || unsafe { libc::poll(&raw mut fd, 1, 0) } == 1
     }
 
     /// SIGKILL; only SIGKILL ends a VMM that waits for a page.
@@ -187,6 +168,14 @@ impl EventFd {
             let one = 1u64;
             // SAFETY: writes eight bytes from a valid place. It can only fail when it is set already.
             unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+        }
+    }
+
+    pub fn clear(&self) {
+        if let Some(fd) = &*self.0.lock().unwrap() {
+            let mut count = 0u64;
+            // SAFETY: reads eight bytes into a valid place. It can only fail when it is clear already.
+            unsafe { libc::read(fd.as_raw_fd(), (&raw mut count).cast(), 8) };
         }
     }
 

@@ -31,6 +31,7 @@ class NativeCore:
             offsets=service.offsets.tobytes(),
             prefetch_bytes_max=service.prefetch_bytes_max,
             fault_unserved_seconds=limits.FAULT_UNSERVED_SECONDS_MAX,
+            exit_wait_seconds=limits.VMM_EXIT_SECONDS,
             image_read_tries=limits.IMAGE_READ_TRIES,
             poison_lines_max=limits.POISON_LINES_MAX,
             memory_floor_percent=limits.PREFETCH_MEMORY_FLOOR_PERCENT,

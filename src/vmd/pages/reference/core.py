@@ -31,8 +31,6 @@ from .tally import Tally
 _READ_BYTES = 64 * uffd.MESSAGE_BYTES
 _RETRY_FIRST_SECONDS = 0.0001
 _RETRY_LAST_SECONDS = 0.002
-# ESRCH comes when the address space goes, the pidfd's word when the last thread has gone.
-_EXIT_SECONDS = 1.0
 
 
 class _EndError(Exception):
@@ -143,7 +141,7 @@ class ReferenceCore:
         if self._handshake.pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handshake.pidfd, signal.SIGKILL)
-            self._has_exited(_EXIT_SECONDS)
+            self._has_exited(limits.VMM_EXIT_SECONDS)
 
     def _close(self) -> None:
         self._handshake.close()
@@ -292,7 +290,11 @@ class ReferenceCore:
 
     def _gone(self, what: str) -> _EndError:
         """The kernel says that the address space has gone; only the pidfd says that the VMM has."""
-        return _EndError(EndReason.GONE) if self._has_exited(_EXIT_SECONDS) else _EndError(EndReason.FAILED, what)
+        return (
+            _EndError(EndReason.GONE)
+            if self._has_exited(limits.VMM_EXIT_SECONDS)
+            else _EndError(EndReason.FAILED, what)
+        )
 
     def _failed(self, page: int, what: str) -> _EndError:
         return _EndError(EndReason.FAILED, f"fault at {self._regions.address(page):#x}: {what}")

@@ -1,0 +1,126 @@
+//! Installing the page of a demand fault: what each outcome of the kernel means for it.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crate::states::State;
+use crate::stats::add;
+use crate::uffd::Outcome;
+use crate::vm::Vm;
+
+/// Why serving ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The VMM has exited.
+    Gone,
+    /// The owner asked for it.
+    Stopped,
+    /// The VM cannot be served; the text says what and why.
+    Failed(String),
+}
+
+/// What became of an attempt to serve a page.
+#[derive(Clone, Copy)]
+pub enum Progress {
+    /// It is in, and its waiters are awake.
+    Served,
+    /// The kernel refuses it for now: park it.
+    Refused,
+    /// Its bytes have to be waited for.
+    Reading,
+}
+
+impl Vm {
+    pub fn needs_image(&self, page: usize) -> bool {
+        self.states.get(page) == State::Absent && !self.is_hole(page)
+    }
+
+    /// Zeros for a page that is a hole of the image, or was removed; nothing for a poisoned one.
+    pub fn install_known(&self, page: usize) -> Result<Progress, Ended> {
+        if self.states.get(page) == State::Poisoned {
+            self.uffd.wake(self.regions.address(page), self.regions.page_size);
+            return Ok(Progress::Served); // its touch is a SIGBUS now
+        }
+        let outcome = self.zero(page, 1);
+        self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.zero, 1))
+    }
+
+    pub fn copy_in(&self, page: usize, bytes: &[u8]) -> Result<Progress, Ended> {
+        let outcome = self.uffd.copy(self.regions.address(page), bytes);
+        self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.demand, 1))
+    }
+
+    /// A page that cannot be read is made to fail loudly at its first touch: never wrong bytes.
+    pub fn poison(&self, page: usize, cause: &io::Error) -> Result<Progress, Ended> {
+        let (address, offset) = (self.regions.address(page), self.regions.offset(page));
+        let lost = format!("page at {address:#x} (memory offset {offset}) cannot be read: {cause}");
+        let outcome = self.uffd.poison(address, self.regions.page_size);
+        if let Outcome::Fatal(errno) = outcome {
+            let why = io::Error::from_raw_os_error(errno);
+            return Err(Ended::Failed(format!("{lost}; poisoning it: {why}")));
+        }
+        self.conclude(page, outcome, State::Poisoned, |vm| {
+            let before = vm.stats().counters.poisoned.fetch_add(1, Ordering::Relaxed);
+            if before < vm.limits.poison_lines_max {
+                vm.warn(lost);
+            }
+        })
+    }
+
+    fn conclude(
+        &self,
+        page: usize,
+        outcome: Outcome,
+        state: State,
+        count: impl FnOnce(&Vm),
+    ) -> Result<Progress, Ended> {
+        let address = self.regions.address(page);
+        match outcome {
+            Outcome::Done => {
+                self.states.set(page, state);
+                count(self);
+            }
+            Outcome::Present => {
+                self.states.set(page, State::Installed);
+                add(&self.stats().counters.present, 1);
+                self.uffd.wake(address, self.regions.page_size);
+            }
+            Outcome::Later | Outcome::Partial(_) => return Ok(Progress::Refused),
+            Outcome::Edge if !self.process.has_exited() => {
+                return Err(Ended::Failed(format!("fault at {address:#x}: no userfaultfd memory is registered there")));
+            }
+            Outcome::Edge | Outcome::Gone => {
+                return Err(self.gone(&io::Error::from_raw_os_error(libc::ESRCH)));
+            }
+            Outcome::Fatal(errno) => {
+                let why = io::Error::from_raw_os_error(errno);
+                return Err(failed(&format!("install at {address:#x}"), &why));
+            }
+        }
+        Ok(Progress::Served)
+    }
+
+    /// The address space is gone. So the process must go: else it is no VMM that we can serve.
+    pub fn gone(&self, cause: &io::Error) -> Ended {
+        let deadline = Instant::now() + self.limits.exit_wait;
+        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        while Instant::now() < deadline && !self.process.has_exited() {
+            let mut fds = [self.process.raw(), self.outside.stop.raw()].map(entry);
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as i32;
+            // SAFETY: two valid pollfds.
+            unsafe { libc::poll(fds.as_mut_ptr(), 2, left + 1) };
+            if fds[1].revents != 0 {
+                return Ended::Stopped;
+            }
+        }
+        match self.process.has_exited() {
+            true => Ended::Gone,
+            false => failed("the VMM lives on without the memory that it registered", cause),
+        }
+    }
+}
+
+pub fn failed(what: &str, why: &io::Error) -> Ended {
+    Ended::Failed(format!("{what}: {why}"))
+}
