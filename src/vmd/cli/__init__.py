@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -58,13 +59,16 @@ def vmd() -> None:
 
 
 def main() -> NoReturn:
-    """The entry point of the command ``vmd``."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command line of this process (`vmd.__main__` is the entry point) and end it."""
+    arguments = sys.argv[1:]
+    if not _serves(arguments):  # a page server hears its signals by itself
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run(arguments))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code. Writes to stdout and stderr, raises only for bugs."""
-    serves = arguments[:1] == ["pages"]
+    serves = _serves(arguments)
     try:
         code = vmd.main(arguments, prog_name="vmd", standalone_mode=False)
         sys.stdout.flush()
@@ -82,6 +86,10 @@ def run(arguments: list[str]) -> int:
         _line("error: interrupted")
         return INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _serves(arguments: list[str]) -> bool:
+    return arguments[:1] == ["pages"]
 
 
 def _say(failure: VmdError, serves: bool) -> int:
