@@ -147,8 +147,8 @@ impl CpuMeter {
             clocks.len() - 1
         };
         let result = work();
-        let spent = read_clock(clock);
-        self.clocks.lock().unwrap()[slot] = Clock::Ended(spent);
+        let mut clocks = self.clocks.lock().unwrap(); // first: the total must never go back
+        clocks[slot] = Clock::Ended(read_clock(clock));
         result
     }
 
