@@ -19,6 +19,12 @@ _WORDS = {
     "false": False, "0": False, "no": False, "off": False,
 }  # fmt: skip
 
+# The native core counts in 64 bits.
+_WHOLE_MAX = (1 << 64) - 1
+
+# Of a word that is refused, in the error's text.
+_SHOWN_CHARS = 40
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -40,8 +46,8 @@ class Settings:
         """Read ``env`` (default: the process environment). Raises `UsageError`."""
         env = os.environ if env is None else env
         return cls(
-            state_dir=Path(env.get("VMD_STATE_DIR") or "/var/lib/vmd"),
-            run_dir=Path(env.get("VMD_RUN_DIR") or default_run_dir()),
+            state_dir=Path(os.path.realpath(env.get("VMD_STATE_DIR") or "/var/lib/vmd")),
+            run_dir=_run_dir(env.get("VMD_RUN_DIR")),
             firecracker=env.get("VMD_FIRECRACKER") or None,
             jailer=env.get("VMD_JAILER") or None,
             uffd_enabled=_switch(env, "VMD_UFFD_ENABLED", True),
@@ -56,6 +62,15 @@ class Settings:
 def default_run_dir() -> str:
     """``/run/vmd`` where ``/run`` is a tmpfs, else ``/dev/shm/vmd`` (journals want memory)."""
     return "/run/vmd" if _filesystem("/run") == "tmpfs" else "/dev/shm/vmd"
+
+
+def _run_dir(word: str | None) -> Path:
+    """Absolute and without links, because that is how /proc names where a VMM works."""
+    if word:
+        return Path(os.path.realpath(word))
+    default = Path(default_run_dir())
+    # Anybody can make a link in /dev/shm; nobody asked for one here, so it is left to be refused.
+    return Path(os.path.realpath(default.parent), default.name)
 
 
 def _filesystem(path: str) -> str:
@@ -95,8 +110,10 @@ def _whole(env: Mapping[str, str], name: str, default: int, *, least: int) -> in
     word = env.get(name, "")
     if not word:
         return default
-    if not (word.isascii() and word.isdigit() and int(word) >= least):
-        raise UsageError(f"{name}: expected a whole number of at least {least}, got {word!r}")
+    digits = word.isascii() and word.isdigit() and len(word) <= len(str(_WHOLE_MAX))
+    if not (digits and least <= int(word) <= _WHOLE_MAX):
+        shown = repr(word) if len(word) <= _SHOWN_CHARS else f"{word[:_SHOWN_CHARS]!r}..."
+        raise UsageError(f"{name}: expected a whole number from {least} to {_WHOLE_MAX}, got {shown}")
     return int(word)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vmd import settings as settings_module
 from vmd.errors import UsageError
 from vmd.settings import Settings, default_run_dir
 
@@ -61,3 +62,27 @@ def test_an_error_is_a_usage_error() -> None:
     with pytest.raises(UsageError) as refused:
         Settings.read({"VMD_UFFD_ENABLED": "perhaps"})
     assert refused.value.exit_code == 2
+
+
+def test_whole_numbers_have_a_bound() -> None:
+    most = (1 << 64) - 1
+    assert Settings.read({"VMD_PREFETCH_MAX_BYTES": str(most)}).prefetch_bytes_max == most
+    for word in (str(most + 1), "9" * 21, "9" * 5000):
+        with pytest.raises(UsageError, match=f"^VMD_PREFETCH_MAX_BYTES: expected .* to {most}, got '") as refused:
+            Settings.read({"VMD_PREFETCH_MAX_BYTES": word})
+        assert len(str(refused.value)) < 200
+
+
+def test_directories_are_absolute_and_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for word in ("real", "./link", str(tmp_path / "link")):
+        settings = Settings.read({"VMD_STATE_DIR": word, "VMD_RUN_DIR": word})
+        assert (settings.state_dir, settings.run_dir) == (tmp_path / "real", tmp_path / "real")
+
+
+def test_a_link_that_nobody_asked_for_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vmd").symlink_to("/")
+    monkeypatch.setattr(settings_module, "default_run_dir", lambda: str(tmp_path / "vmd"))
+    assert Settings.read({}).run_dir == tmp_path / "vmd"
