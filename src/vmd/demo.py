@@ -168,14 +168,14 @@ async def prepare(
         found = templates.load(settings, NAME)
         if found.shape == shape and found.access_log.exists():
             found.snapshot.check()
-            found.snapshot.require_format(Path(find_firecracker(settings)))
+            await found.snapshot.require_format(Path(find_firecracker(settings)))
             return found
-        templates.remove(settings, NAME)
+        await asyncio.to_thread(templates.remove, settings, NAME)
     except NotFound:
         pass
     except SnapshotError as failure:
         warn(f"{failure}; building it anew")
-        templates.remove(settings, NAME)
+        await asyncio.to_thread(templates.remove, settings, NAME)
     built = await templates.build(settings, NAME, shape, warn=warn, progress=progress)
     if not built.access_log.exists():
         raise VmdError(f"demo: the recording came to nothing ({built.recording_ended})", hint="vmd doctor")

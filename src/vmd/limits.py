@@ -94,6 +94,10 @@ EXEC_SECONDS = 120.0
 
 # --- host ------------------------------------------------------------------------------------
 
+# The locks in the state and run directories are held for a few system calls. Whoever holds one for
+# longer is stopped, or means ill; the command that waits says so and ends.
+STORE_LOCK_SECONDS = 5.0
+
 # Default of VMD_MAX_CONCURRENT_RESTORES.
 CONCURRENT_RESTORES_MAX = 100
 

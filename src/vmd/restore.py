@@ -28,7 +28,7 @@ from .pages.contract import Ended, Service
 from .pages.detached import DetachedPages
 from .pages.server import PageServer, serve_pages
 from .settings import Settings
-from .store import Owned, Registry
+from .store import Owned, runs
 from .vmm import process
 from .vmm.process import find_firecracker
 from .vmm.vmm import Vmm
@@ -93,7 +93,7 @@ async def restore(
     choice = choose_backend(request.backend, settings, request.snapshot.page_size)
     with _named(f"restore sandbox {request.sandbox_id}: check snapshot {request.name}"):
         request.snapshot.check()
-        request.snapshot.require_format(firecracker)
+        await request.snapshot.require_format(firecracker)
     restored = Restored(request, settings, choice, warn, at)
     try:
         async with _slots(settings):
@@ -207,9 +207,10 @@ class Restored:
             await self.ready()
 
     async def _make_directory(self) -> None:
-        registry = Registry(self._settings.run_dir)
-        with _named(Step.DIRECTORY), registry.locked():
-            self._owned = registry.own(self.request.sandbox_id)
+        registry = runs(self._settings)
+        with _named(Step.DIRECTORY):
+            async with registry.locked_async():
+                self._owned = registry.own(self.request.sandbox_id)
         await self._at(Step.DIRECTORY)
 
     async def _listen(self) -> None:

@@ -24,7 +24,7 @@ from .pages.detached import DetachedPages, read_stats
 from .restore import Restored, finish, restore
 from .settings import Settings
 from .states import State, guard, observed
-from .store import RECORD, read_json, write_json
+from .store import RECORD, Registry, read_json, write_json
 from .template import Template
 from .vmm import process
 from .vmm.console import Console
@@ -193,8 +193,8 @@ async def create(
     restored = await restore(request, settings, warn=warn)
     try:
         record = _record(found, restored)
-        home = _home(settings, record.id)
-        home.mkdir(parents=True)
+        home = _homes(settings).make() / record.id
+        home.mkdir(mode=0o700)
         write_json(home / RECORD, record.save())
         if detached:
             restored.forget()
@@ -208,27 +208,26 @@ async def create(
 def list_all(settings: Settings, warn: Callable[[str], None] = lambda line: None) -> list[Sandbox]:
     """All recorded sandboxes, oldest first; a record that cannot be read is warned of and left out."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
-        for home in (settings.state_dir / "sandboxes").iterdir():
-            try:
-                found.append(Sandbox(settings, Record.load(home / RECORD)))
-            except NotFound:
-                continue  # being made, or being removed
-            except VmdError as failure:
-                warn(str(failure))
+    for home in _homes(settings).entries():
+        try:
+            found.append(Sandbox(settings, Record.load(home / RECORD)))
+        except NotFound:
+            continue  # being made, or being removed
+        except VmdError as failure:
+            warn(str(failure))
     return sorted(found, key=lambda sandbox: (sandbox.record.created_at, sandbox.id))
 
 
 def find(settings: Settings, prefix: str) -> Sandbox:
     """The sandbox of this id, or the only one whose id begins so. Raises `NotFound`, `UsageError`."""
-    homes = settings.state_dir / "sandboxes"
-    names = [home.name for home in homes.iterdir()] if homes.is_dir() else []
+    homes = _homes(settings)
+    names = [home.name for home in homes.entries()]
     matches = [prefix] if prefix in names else [name for name in names if prefix and name.startswith(prefix)]
     if not matches:
         raise NotFound(f"sandbox {prefix}: there is none of that id", hint="vmd ls")
     if len(matches) > 1:
         raise UsageError(f"sandbox {prefix}: {len(matches)} ids begin so: {', '.join(sorted(matches)[:5])}")
-    return Sandbox(settings, Record.load(homes / matches[0] / RECORD))
+    return Sandbox(settings, Record.load(homes.path / matches[0] / RECORD))
 
 
 def _record(template: Template, restored: Restored) -> Record:
@@ -269,8 +268,12 @@ async def _kill(victim: Process, *, grace_seconds: float = 0.0) -> None:
         os.close(pidfd)
 
 
+def _homes(settings: Settings) -> Registry:
+    return Registry(settings.state_dir, "sandboxes")
+
+
 def _home(settings: Settings, sandbox_id: str) -> Path:
-    return settings.state_dir / "sandboxes" / sandbox_id
+    return _homes(settings).path / sandbox_id
 
 
 def _new_id() -> str:

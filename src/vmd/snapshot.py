@@ -100,9 +100,9 @@ class Snapshot:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise SnapshotError(f"torn snapshot: {path} is not what was frozen: do not retry")
 
-    def require_format(self, firecracker: Path) -> None:
+    async def require_format(self, firecracker: Path) -> None:
         """Refuse what ``firecracker`` cannot load. Raises `SnapshotError`."""
-        loads = snapshot_format(firecracker)
+        loads = await snapshot_format(firecracker)
         if loads != self.format:
             raise SnapshotError(
                 f"snapshot format {self.format}, of Firecracker {self.firecracker}: {firecracker} loads {loads}",
@@ -140,13 +140,14 @@ async def freeze(vmm: Freezable, directory: Path, *, firecracker: Path, page_siz
     vmstate, memory = directory / "vmstate", directory / "memory"
     await vmm.snapshot(vmstate, memory)
     version = await vmm.version()
+    written = await snapshot_format(firecracker)
     memory_sha256, vmstate_sha256 = await asyncio.to_thread(lambda: (compact(memory), _digest(vmstate)))
     return Snapshot(
         directory=directory,
         snapshot_id=secrets.token_hex(16),
         page_size=page_size,
         firecracker=version,
-        format=snapshot_format(firecracker),
+        format=written,
         vmstate_bytes=_size(vmstate),
         memory_bytes=_size(memory),
         vmstate_sha256=vmstate_sha256,
@@ -226,7 +227,7 @@ def _size(path: Path) -> int:
         raise SnapshotError(f"torn snapshot: {path}: {failure.strerror}: do not retry") from failure
 
 
-def snapshot_format(firecracker: Path) -> str:
+async def snapshot_format(firecracker: Path) -> str:
     """The snapshot format that this binary writes and loads, e.g. ``6.0.0``. Raises `SnapshotError`.
 
     Asked of the binary once and remembered as long as the file stays the same.
@@ -235,11 +236,16 @@ def snapshot_format(firecracker: Path) -> str:
         status = firecracker.stat()
     except OSError as failure:
         raise SnapshotError(f"{firecracker}: {failure.strerror}") from failure
-    return _ask_format(firecracker, status.st_size, status.st_mtime_ns)
+    key = firecracker, status.st_ino, status.st_size, status.st_mtime_ns
+    if key not in _formats:
+        _formats[key] = await asyncio.to_thread(_ask_format, firecracker)  # it may take seconds to answer
+    return _formats[key]
 
 
-@functools.lru_cache(maxsize=8)
-def _ask_format(firecracker: Path, _size: int, _mtime_ns: int) -> str:
+_formats: dict[tuple[Path, int, int, int], str] = {}
+
+
+def _ask_format(firecracker: Path) -> str:
     try:
         answer = subprocess.run([firecracker, "--snapshot-version"], capture_output=True, timeout=5, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as failure:

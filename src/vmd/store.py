@@ -8,21 +8,24 @@ locking it: makers and sweepers of one parent take its lock for that moment.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import limits
-from .errors import Conflict, VmdError
+from .errors import Conflict, TimedOut, VmdError
 from .settings import Settings
 
 OWNER = "owner"
@@ -30,6 +33,11 @@ RECORD = "sandbox.json"
 
 # How the process of a detached page server was started; its run directory is in its order, as JSON.
 _PAGES_MODULE = b"vmd.pages.detached"
+
+# What lies in the run directory and is ours to sweep: sandboxes, and the VMs of builds and of the demo.
+_RUN_NAMES = "sb-[a-z2-7]{10}|build-.+"
+
+_LOCK_POLL_SECONDS = 0.01
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -68,8 +76,45 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def private_directory(path: Path) -> None:
+    """Make ``path``, and every part of it that is missing, for this user alone; one that is there is checked.
+
+    Raises `VmdError` where it cannot be made or `require_private` refuses it.
+    """
+    try:
+        for part in (*reversed(path.parents), path):
+            with contextlib.suppress(FileExistsError):
+                part.mkdir(mode=0o700)
+    except OSError as failure:
+        raise VmdError(f"create {path}: {failure.strerror}") from failure
+    require_private(path)
+
+
+def require_private(path: Path) -> bool:
+    """Whether there is a ``path``; if so it is a directory of this user that nobody else can write to.
+
+    Records name processes to kill and directories to remove, so they are only read where no one else can
+    have put them. Raises `VmdError` with the fix as its hint.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as failure:
+        raise VmdError(f"{path}: {failure.strerror}") from failure
+    elsewhere = "set VMD_STATE_DIR and VMD_RUN_DIR to directories of your own"
+    if not stat.S_ISDIR(status.st_mode):
+        raise VmdError(f"{path} is no directory", hint=f"remove it, or {elsewhere}")
+    if status.st_uid != os.geteuid():
+        who = f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}"
+        raise VmdError(f"{who}: what is in it cannot be trusted", hint=f"remove it, or {elsewhere}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise VmdError(f"{path} can be written by others: what is in it cannot be trusted", hint=f"chmod go-w {path}")
+    return True
+
+
 class Owned:
-    """A directory that this process is making; the lock on its ``owner`` file says so.
+    """A directory that this process is making, or removing; the lock on its ``owner`` file says so.
 
     ``disown`` ends the making (the directory stays), ``discard`` removes the directory.
     """
@@ -84,14 +129,22 @@ class Owned:
             (self.path / OWNER).unlink(missing_ok=True)
             self._release()
 
-    def renamed(self, path: Path) -> None:
-        """Take note that the directory was renamed by its owner."""
+    def rename(self, path: Path) -> None:
+        """Give the directory another name. Raises `OSError`; then it has the old one."""
+        self.path.rename(path)
         self.path = path
 
     def discard(self) -> None:
-        """Remove the directory with all that is in it, then drop the lock. Idempotent."""
+        """Remove the directory with all that is in it, then drop the lock. Idempotent.
+
+        ``owner`` goes last: cut short at any moment, it leaves what the next sweep knows to be dead. So does
+        a file that cannot be removed.
+        """
         if self._fd >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if _empty(self.path):
+                    (self.path / OWNER).unlink(missing_ok=True)
+                    self.path.rmdir()
             self._release()
 
     def _release(self) -> None:
@@ -99,19 +152,50 @@ class Owned:
         self._fd = -1
 
 
-class Registry:
-    """A directory of directories: makes owned ones, finds those whose owner is dead."""
+def _empty(directory: Path) -> bool:
+    """Remove all but ``owner``; whether that is all that is left."""
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != OWNER:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+    return {entry.name for entry in directory.iterdir()} <= {OWNER}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class Registry:
+    """A directory of directories: makes owned ones, finds those whose owner is dead.
+
+    It is ``root``, or ``below`` it. Only directories whose whole name ``ours`` matches are ever swept:
+    what somebody else keeps there is none of our business.
+    """
+
+    def __init__(self, root: Path, *below: str, ours: str = "(?!)") -> None:
+        self.path = root.joinpath(*below)
+        self._root = root
+        self._ours = re.compile(ours)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the registry's lock: no other maker, sweeper or remover is at work. Short waits only."""
-        self._make()
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Hold the registry's lock: no other maker, sweeper or remover is at work. Short waits only.
+
+        Raises `TimedOut`, and `VmdError` where the directory is not to be trusted.
+        """
+        fd = self._open()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            for pause in _attempts(fd, self.path):
+                time.sleep(pause)
+            yield
+        finally:
+            os.close(fd)
+
+    @contextlib.asynccontextmanager
+    async def locked_async(self) -> AsyncIterator[None]:
+        """As `locked`, for a loop that has other work while the lock is held elsewhere."""
+        fd = self._open()
+        try:
+            for pause in _attempts(fd, self.path):
+                await asyncio.sleep(pause)
             yield
         finally:
             os.close(fd)
@@ -123,50 +207,97 @@ class Registry:
             path.mkdir(mode=0o700)
         except FileExistsError:
             raise Conflict(f"{path} exists") from None
+        return self.take(path)
+
+    def take(self, path: Path) -> Owned:
+        """Own a directory that nobody owns; call it `locked`. Raises `TimedOut`, `OSError`."""
         fd = os.open(path / OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)  # a sweeper that looks from outside may hold it for a moment
+        try:
+            for pause in _attempts(fd, path):  # a sweeper that looks from outside may hold it for a moment
+                time.sleep(pause)
+        except BaseException:
+            os.close(fd)
+            raise
         return Owned(path, fd)
+
+    def dead(self) -> list[Path]:
+        """The directories whose owner is dead; certain only under the lock."""
+        return [entry for entry in self.entries() if self._ours.fullmatch(entry.name) and is_dead(entry)]
 
     def take_over_dead(self) -> list[Owned]:
         """Own every directory whose owner is dead, so that it can be cleaned up in peace; call it `locked`."""
-        locks = ((entry, _lock_of_dead(entry)) for entry in self.entries())
-        return [Owned(entry, fd) for entry, fd in locks if fd is not None]
+        taken = []
+        for entry in self.dead():
+            with contextlib.suppress(FileNotFoundError):  # its owner was about to remove the empty directory
+                taken.append(self.take(entry))
+        return taken
 
     def entries(self) -> list[Path]:
         """The directories in it, sorted by name; empty when the registry does not exist."""
-        try:
-            return sorted(entry for entry in self.path.iterdir() if entry.is_dir())
-        except FileNotFoundError:
+        if not self.there():
             return []
+        return sorted(entry for entry in self.path.iterdir() if entry.is_dir() and not entry.is_symlink())
 
-    def _make(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o755)
-        except OSError as failure:
-            raise VmdError(f"create {self.path}: {failure.strerror}") from failure
+    def there(self) -> bool:
+        """Whether it exists. Raises `VmdError` where it is not to be trusted."""
+        return require_private(self._root) and require_private(self.path)
+
+    def make(self) -> Path:
+        """Its path, made and checked. Raises `VmdError`."""
+        private_directory(self._root)
+        private_directory(self.path)
+        return self.path
+
+    def _open(self) -> int:
+        return os.open(self.make(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def owner_is_dead(path: Path) -> bool:
-    """Whether the directory's ``owner`` file exists and nobody holds its lock."""
-    fd = _lock_of_dead(path)
-    if fd is None:
-        return False
-    os.close(fd)
-    return True
+def _attempts(fd: int, path: Path) -> Iterator[float]:
+    """Try to lock ``fd`` until it is; gives the seconds to wait before the next try. Raises `TimedOut`."""
+    deadline = time.monotonic() + limits.STORE_LOCK_SECONDS
+    while not _try_lock(fd):
+        if time.monotonic() >= deadline:
+            raise TimedOut(
+                f"lock {path}: another process has held it for {limits.STORE_LOCK_SECONDS:g} s",
+                hint=f"`fuser -v {path}` names it; `chmod 700 {path}` keeps other users off",
+            )
+        yield _LOCK_POLL_SECONDS
 
 
-def _lock_of_dead(path: Path) -> int | None:
-    """The lock of a dead owner, taken; the caller closes it. None when the owner lives or there is none."""
-    try:
-        fd = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        return False
+    return True
+
+
+def is_dead(path: Path) -> bool:
+    """Whether nobody holds the lock on its ``owner`` file; or there is no such file, nor anything else.
+
+    An empty directory is what a maker leaves that is killed before it owns it, or while it discards it.
+    """
+    try:
+        fd = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _is_empty(path)
+    try:
+        # One that was disowned between open and lock is no owner file any more.
+        return _try_lock(fd) and os.fstat(fd).st_nlink > 0
+    finally:
         os.close(fd)
-        return None
-    return fd
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return not any(path.iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def runs(settings: Settings) -> Registry:
+    """The run directories: of sandboxes, and of the VMs of builds."""
+    return Registry(settings.run_dir, ours=_RUN_NAMES)
 
 
 def sweep_runs(settings: Settings) -> list[Path]:
@@ -174,8 +305,8 @@ def sweep_runs(settings: Settings) -> list[Path]:
 
     A run directory whose sandbox was recorded is complete; there only the ``owner`` file goes.
     """
-    registry = Registry(settings.run_dir)
-    if not any(owner_is_dead(entry) for entry in registry.entries()):
+    registry = runs(settings)
+    if not registry.dead():
         return []
     with registry.locked():
         dead = registry.take_over_dead()
@@ -222,4 +353,10 @@ def _belongs(process: Path, directory: Path) -> bool:
     arguments = (process / "cmdline").read_bytes().split(b"\0")
     if b"--api-sock" in arguments:
         return (process / "cwd").readlink() == directory
-    return _PAGES_MODULE in arguments and any(b'"' + os.fsencode(directory) + b'"' in word for word in arguments)
+    if _PAGES_MODULE not in arguments:
+        return False
+    order = arguments[arguments.index(_PAGES_MODULE) + 1]
+    try:
+        return bool(json.loads(order)["directory"] == str(directory))
+    except (ValueError, KeyError, TypeError):  # somebody else's module of that name
+        return False

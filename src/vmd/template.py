@@ -2,17 +2,18 @@
 
 ``templates/<name>/`` holds ``vmstate``, ``memory``, ``access.log`` and ``template.json``. A build works in
 ``templates/.build-<name>-<random>/``, which it owns by a lock (`store`), and renames it at the end, the
-manifest written last: what has a manifest under its name is complete. The VMs of a build die with
-the builder; what a dead builder leaves is swept by the next command.
+manifest written last: what has a manifest under its name is complete. A removal goes the way back. The
+VMs of a build die with the builder; what a dead builder leaves is swept by the next command, and nothing
+else: the directory may hold what somebody else keeps there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import secrets
-import shutil
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +32,7 @@ from .recording import Recording, read_access_log, settled, write_access_log
 from .restore import Restored, finish, restore
 from .settings import Settings
 from .snapshot import PAGE_SIZES, Snapshot
-from .store import OWNER, Owned, Registry, owner_is_dead, read_json, sweep_runs, sync_directory, write_json
+from .store import Owned, Registry, read_json, runs, sweep_runs, sync_directory, write_json
 from .vmm.process import find_firecracker
 from .vmm.vmm import Vmm
 
@@ -42,6 +43,8 @@ STAGING = ".build-"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _EPHEMERAL = "build-"
+# Names that only a build or a removal gives; whatever else lies among the templates is not ours to sweep.
+_OURS = rf"{re.escape(STAGING)}(?:.+-)?[0-9a-f]{{8}}"
 _BOOT_ARGS = "seed=1 fill=75"
 _READY_LINE = "ready micro 1 "
 _HUGE_PAGES_FREE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
@@ -110,7 +113,8 @@ class Template:
 def load(settings: Settings, name: str) -> Template:
     """The template ``name``. Raises `NotFound`, `UsageError` (no such name can be), `SnapshotError`."""
     check_name(name)
-    template = _load(_registry(settings).path / name)
+    registry = _registry(settings)
+    template = _load(registry.path / name) if registry.there() else None
     if template is None:
         raise NotFound(f"template {name}: there is none of that name", hint="vmd template ls")
     return template
@@ -132,29 +136,37 @@ def list_all(settings: Settings, warn: Callable[[str], None] = lambda line: None
 
 
 def remove(settings: Settings, name: str) -> None:
-    """Remove the template, its manifest first. Sandboxes that run from it keep what they have open."""
+    """Remove the template: its name in one step, its files then. Sandboxes that run from it keep what they have open.
+
+    Raises `NotFound`, `Conflict` (it is a symbolic link), `TimedOut`.
+    """
     check_name(name)
     registry = _registry(settings)
     directory = registry.path / name
     with registry.locked():
+        if not (directory / MANIFEST).exists():
+            raise NotFound(f"template {name}: there is none of that name", hint="vmd template ls")
+        if directory.is_symlink():
+            raise Conflict(f"template {name}: {directory} is a symbolic link", hint=f"rm {directory}")
+        owned = registry.take(directory)
         try:
-            (directory / MANIFEST).unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"template {name}: there is none of that name", hint="vmd template ls") from None
-        shutil.rmtree(directory)
+            owned.rename(registry.path / f"{STAGING}{secrets.token_hex(4)}")
+        except OSError:
+            owned.disown()
+            raise
+    owned.discard()
 
 
 def sweep(settings: Settings) -> list[Path]:
     """Remove what dead builders and removers left among the templates; says what it was."""
     registry = _registry(settings)
-    dead = [entry for entry in registry.entries() if _is_dead(entry)]
-    if not dead:
+    if not registry.dead():
         return []
     with registry.locked():  # nobody is between making a directory and owning it now
-        dead = [entry for entry in registry.entries() if _is_dead(entry)]
-        for entry in dead:
-            shutil.rmtree(entry, ignore_errors=True)
-    return dead
+        dead = registry.take_over_dead()
+    for owned in dead:
+        owned.discard()
+    return [owned.path for owned in dead]
 
 
 def check_name(name: str) -> None:
@@ -181,9 +193,8 @@ async def build(
     """
     check_name(name)
     shape.check()
-    sweep(settings)
-    sweep_runs(settings)
-    staging = _stage(settings, name)
+    await asyncio.to_thread(lambda: (sweep(settings), sweep_runs(settings)))
+    staging = await _stage(settings, name)
     try:
         progress(f"booting {shape.guest} with {shape.mem_mib} MiB")
         async with _booted(settings, name, shape) as vmm:
@@ -193,7 +204,7 @@ async def build(
         template = Template(name, staging.path, snapshot, shape, 0, "off", time.time())
         progress(f"recording {shape.start!r}")
         template = await record(settings, template, warn=warn)
-        return _publish(settings, staging, template)
+        return await _publish(settings, staging, template)
     finally:
         staging.discard()
 
@@ -286,8 +297,8 @@ async def _settle(pages: PageServer, started: asyncio.Future[None], seconds_max:
 @contextlib.asynccontextmanager
 async def _booted(settings: Settings, name: str, shape: Shape) -> AsyncIterator[Vmm]:
     """A VM of this shape, booted and ready, that dies with this process and at the end of the block."""
-    registry = Registry(settings.run_dir)
-    with registry.locked():
+    registry = runs(settings)
+    async with registry.locked_async():
         owned = registry.own(f"{_EPHEMERAL}boot-{name}-{secrets.token_hex(4)}")
     try:
         vmm = await Vmm.spawn(find_firecracker(settings), owned.path, f"{_EPHEMERAL}boot", dies_with_parent=True)
@@ -303,35 +314,36 @@ async def _booted(settings: Settings, name: str, shape: Shape) -> AsyncIterator[
 
 
 def _registry(settings: Settings) -> Registry:
-    return Registry(settings.state_dir / "templates")
+    return Registry(settings.state_dir, "templates", ours=_OURS)
 
 
-def _stage(settings: Settings, name: str) -> Owned:
+async def _stage(settings: Settings, name: str) -> Owned:
     registry = _registry(settings)
-    with registry.locked():
-        if (registry.path / name / MANIFEST).exists():
-            raise Conflict(f"template {name} exists", hint=f"vmd template rm {name}")
+    async with registry.locked_async():
+        _require_free(registry.path / name)
         if any(entry.name.rpartition("-")[0] == STAGING + name for entry in registry.entries()):
             raise Conflict(f"template {name} is being built")
         return registry.own(f"{STAGING}{name}-{secrets.token_hex(4)}")
 
 
-def _publish(settings: Settings, staging: Owned, template: Template) -> Template:
+async def _publish(settings: Settings, staging: Owned, template: Template) -> Template:
     """Write the manifest and put the staging directory in its place, owner to the last moment."""
     write_json(staging.path / MANIFEST, template.save())
     registry = _registry(settings)
     directory = registry.path / template.name
-    with registry.locked():
-        if directory.exists() and not (directory / MANIFEST).exists():
-            shutil.rmtree(directory)  # a removal that did not come to its end
-        try:
-            staging.path.rename(directory)
-        except OSError as failure:
-            raise Conflict(f"template {template.name} exists") from failure
-        staging.renamed(directory)
+    async with registry.locked_async():
+        _require_free(directory)
+        staging.rename(directory)
         staging.disown()
     sync_directory(registry.path)
     return replace(template, directory=directory, snapshot=replace(template.snapshot, directory=directory))
+
+
+def _require_free(directory: Path) -> None:
+    if (directory / MANIFEST).exists():
+        raise Conflict(f"template {directory.name} exists", hint=f"vmd template rm {directory.name}")
+    if os.path.lexists(directory):
+        raise Conflict(f"{directory} is in the way, and is no template", hint="move it, or set VMD_STATE_DIR")
 
 
 def _load(directory: Path) -> Template | None:
@@ -356,13 +368,6 @@ def _load(directory: Path) -> Template | None:
         )
     except KeyError as missing:
         raise SnapshotError(f"{what}: the manifest lacks {missing}", hint="build it anew") from None
-
-
-def _is_dead(entry: Path) -> bool:
-    """Nobody will complete this one. Only certain under the registry's lock."""
-    if entry.name.startswith(STAGING):
-        return not (entry / OWNER).exists() or owner_is_dead(entry)
-    return not entry.name.startswith(".") and not (entry / MANIFEST).exists()
 
 
 def _require_huge_pages(pages: int) -> None:

@@ -24,6 +24,7 @@ from vmd.errors import BackendUnavailable, Conflict, NotFound, SnapshotError, Us
 from vmd.recording import read_access_log
 from vmd.restore import finish, restore
 from vmd.settings import Settings
+from vmd.store import Owned
 from vmd.template import MANIFEST, STAGING, Shape, Template
 
 KILLS = int(os.environ.get("VMD_TEST_BUILD_KILLS", "12"))
@@ -115,7 +116,7 @@ def test_a_start_that_fails_is_a_warning(start: str, settings: Settings) -> None
 
 @pytest.mark.seed(32, 31)
 def test_a_recording_whose_restore_fails_is_a_warning(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    (settings.run_dir / "build-record-small").mkdir()  # in the way, and nobody's to sweep
+    (settings.run_dir / "build-record-small").mkdir()  # in the way, and not empty
     (settings.run_dir / "build-record-small" / "somebody.s").touch()
     warnings: list[str] = []
     template = build(settings, warn=warnings.append)
@@ -199,11 +200,42 @@ def test_a_template_can_be_removed_while_sandboxes_run_from_it(
     assert numbers(check)["wrong"] == 0
 
 
-def test_a_removal_that_was_cut_short_is_swept_and_never_listed(template: Template, settings: Settings) -> None:
-    (template.directory / MANIFEST).unlink()
+def test_a_removal_that_was_cut_short_is_swept_and_never_listed(
+    template: Template, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Owned, "discard", Owned._release)
+        templates.remove(settings, NAME)
     assert templates.list_all(settings) == []
-    assert templates.sweep(settings) == [template.directory]
     assert not template.directory.exists()
+    (left,) = (settings.state_dir / "templates").iterdir()
+    assert (left / "memory").exists()
+    assert templates.sweep(settings) == [left]
+    assert not left.exists()
+
+
+def test_directories_of_somebody_else_are_left_alone(vmd: Cli, settings: Settings) -> None:
+    """VMD_STATE_DIR may be a project that keeps e-mail templates."""
+    registry = settings.state_dir / "templates"
+    for name in ("emails", ".git", ".build-cache", ".build-x-abcdefgh"):
+        (registry / name).mkdir(parents=True)
+        (registry / name / "welcome.txt").touch()
+    before = sorted(registry.rglob("*"))
+    assert vmd.json("ls") == vmd.json("template", "ls") == []
+    assert templates.sweep(settings) == []
+    with pytest.raises(Conflict, match=r"templates/emails is in the way, and is no template"):
+        build(settings, "emails")
+    with pytest.raises(NotFound):
+        templates.remove(settings, "emails")
+    assert sorted(registry.rglob("*")) == before
+
+
+def test_a_link_among_the_templates_is_not_followed_by_a_removal(template: Template, settings: Settings) -> None:
+    link = template.directory.with_name("linked")
+    link.symlink_to(template.directory)
+    with pytest.raises(Conflict, match="is a symbolic link"):
+        templates.remove(settings, "linked")
+    assert templates.load(settings, NAME) == template
 
 
 def test_a_manifest_that_cannot_be_read_is_warned_of(template: Template, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -123,13 +124,28 @@ def test_the_format_is_asked_of_the_binary_and_remembered(tmp_path: Path, snapsh
     binary, asked = tmp_path / "firecracker", tmp_path / "asked"
     binary.write_text(f"#!/bin/sh\necho x >> {asked}\necho v9.0.0\necho\necho exiting\n")
     binary.chmod(0o755)
-    assert [snapshot_format(binary) for _ in range(3)] == ["9.0.0"] * 3
+    assert [asyncio.run(snapshot_format(binary)) for _ in range(3)] == ["9.0.0"] * 3
     assert asked.read_text() == "x\n"
     with pytest.raises(SnapshotError, match=r"^snapshot format 6\.0\.0, of Firecracker 1\.12\.1: .* loads 9\.0\.0"):
-        snapshot.require_format(binary)
-    replace(snapshot, format="9.0.0").require_format(binary)
+        asyncio.run(snapshot.require_format(binary))
+    asyncio.run(replace(snapshot, format="9.0.0").require_format(binary))
     binary.write_text("#!/bin/sh\necho nonsense\n")
     with pytest.raises(SnapshotError, match="no version in b'nonsense"):
-        snapshot_format(binary)
+        asyncio.run(snapshot_format(binary))
     with pytest.raises(SnapshotError, match="No such file"):
-        snapshot_format(tmp_path / "nothing")
+        asyncio.run(snapshot_format(tmp_path / "nothing"))
+
+
+def test_a_binary_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    binary, go = tmp_path / "firecracker", tmp_path / "go"
+    binary.write_text(f"#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.01; done\necho v9.0.0\n")
+    binary.chmod(0o755)
+
+    async def story() -> str:
+        asking = asyncio.create_task(snapshot_format(binary))
+        await asyncio.sleep(0.05)
+        assert not asking.done()
+        go.touch()  # by the loop that asks: it is free
+        return await asking
+
+    assert asyncio.run(story()) == "9.0.0"
