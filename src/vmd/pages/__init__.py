@@ -14,6 +14,7 @@ The way of a VM's memory, in reading order::
 `cores`          which core serves: `native` (Rust, `crates/vmd-core`) or `reference` (the oracle)
 `server`         `PageServer`: socket, handshake and core of one VM, in this process
 `serving`        a page server that is a process: signals, statistics file, last words
+`process`        what such a process needs of its host: descriptors, lines that stay lines
 `detached`       such a process beside a sandbox that outlives its maker
 `stats`, `uffd`  the statistics object; the kernel's words, for the Python side
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 from array import array
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import limits
 from ..errors import HandshakeRefused, PagesFailed, VmdError
 from .contract import Beside, Service
+from .cores import core_name
 from .handshake import Listener
-from .server import PageServer
-from .serving import Serving, Signals, exit_line, say
+from .process import raise_descriptor_limit
+from .server import PageServer, settle
+from .serving import Serving, Signals, exit_line, say, warn
 from .source import Image
 
 STATS_FILE = "pages.json"
@@ -38,7 +40,6 @@ class _Order:
     """What the child is told on its command line, as JSON. Offsets come by file: they may be many."""
 
     listener: int
-    report: int
     socket: str
     memory: str
     directory: str
@@ -48,6 +49,7 @@ class _Order:
     refused: str | None
     prefetch_bytes_max: int
     core: str | None
+    report: int = -1
 
 
 class DetachedPages:
@@ -64,31 +66,28 @@ class DetachedPages:
 
         ``page_size``: of the guest, bytes; ``service.offsets`` are of that size.
         """
+        core = core_name(core)
         self.handshaken: Future[int] = Future()
         self._directory = directory
-        self._kept = False
+        self._over = False  # closed or forgotten
         Image(memory).close()  # what is wrong with it is said here, not in a log file
-        listener = Listener(socket)
-        self._listener: Listener | None = listener
-        self._report, report = os.pipe2(os.O_CLOEXEC)
-        try:
-            (directory / _PLAN_FILE).write_bytes(service.offsets.tobytes())
+        with ExitStack() as undo:
+            listener = Listener(socket)
+            undo.callback(listener.close)
+            self._listener: Listener | None = listener
             order = _Order(
-                listener=listener.fileno(), report=report, socket=str(listener.path), memory=str(memory.absolute()),
+                listener=listener.fileno(), socket=str(listener.path), memory=str(memory.absolute()),
                 directory=str(directory.absolute()), page_size=page_size, beside=service.beside.value,
                 skipped=service.skipped, refused=service.refused,
                 prefetch_bytes_max=service.prefetch_bytes_max, core=core,
             )  # fmt: skip
-            self._child = _spawn(order, directory / LOG_FILE)
-        except BaseException:
-            os.close(self._report)
-            listener.close()
-            raise
-        finally:
-            os.close(report)
+            try:
+                (directory / _PLAN_FILE).write_bytes(service.offsets.tobytes())
+                self._begin(order, undo)
+            except (OSError, RuntimeError) as failure:  # no room, no descriptor, no process, no thread
+                raise PagesFailed(f"page server: {failure}") from failure
+            undo.pop_all()
         self.pid = self._child.pid
-        self._listen = threading.Thread(target=self._hear, name="vmd-detached", daemon=True)
-        self._listen.start()
 
     def stats(self) -> dict[str, Any]:
         """The last statistics that the server wrote; empty before the first."""
@@ -96,7 +95,7 @@ class DetachedPages:
 
     def forget(self) -> None:
         """Leave it running: it ends with its VMM. Call after the handshake; then only `pid` counts."""
-        self._kept = True
+        self._over = True
         if self._listener is not None:
             self._listener.refuse_others()  # our copy only; the path is the server's now
             self._listener = None
@@ -104,23 +103,34 @@ class DetachedPages:
 
     def stop(self) -> None:
         """Ask it to end. Returns at once; idempotent."""
-        if not self._kept and self._child.poll() is None:
+        if not self._over:
             self._child.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """Stop it, wait for its end, remove its socket. Idempotent; nothing after `forget`."""
-        if self._kept:
+        """Stop it, wait for its end, remove its socket. Idempotent; nothing after `forget`.
+
+        Bounded: SIGTERM, then SIGKILL, have `limits.PAGES_STOP_SECONDS` each.
+        """
+        if self._over:
             return
-        self.stop()
-        try:
-            self._child.wait(limits.PAGES_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._listen.join()
+        self._over = True
+        _end(self._child)
+        self._listen.join(limits.PAGES_STOP_SECONDS)
+        self.handshaken.cancel()  # of a process that could not be ended; any other has said its word
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def _begin(self, order: _Order, undo: ExitStack) -> None:
+        self._report, report = os.pipe2(os.O_CLOEXEC)
+        undo.callback(os.close, self._report)
+        try:
+            self._child = _spawn(replace(order, report=report), self._directory / LOG_FILE)
+        finally:
+            os.close(report)
+        undo.callback(_end, self._child)
+        self._listen = threading.Thread(target=self._hear, name="vmd-detached", daemon=True)
+        self._listen.start()
 
     def _hear(self) -> None:
         with os.fdopen(self._report, "rb") as report:
@@ -130,12 +140,12 @@ class DetachedPages:
         except ValueError:
             news = {"error": f"page server {self.pid} ended before the handshake; see {self._directory / LOG_FILE}"}
         if "vmm" in news:
-            self.handshaken.set_result(news["vmm"])
+            settle(self.handshaken, news["vmm"])
         elif news.get("stopped"):
             self.handshaken.cancel()
         else:
             failure = HandshakeRefused if news.get("refused") else PagesFailed
-            self.handshaken.set_exception(failure(news["error"]))
+            settle(self.handshaken, failure(news["error"]))
 
 
 def read_stats(directory: Path) -> dict[str, Any]:
@@ -160,19 +170,32 @@ def _spawn(order: _Order, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, then make it. One that waits for storage in state D is left to die of SIGKILL later."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        child.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(limits.PAGES_STOP_SECONDS)
+            return
+    with suppress(RuntimeError):  # no thread to be had: a zombie, until this process ends
+        threading.Thread(target=child.wait, name="vmd-reaper", daemon=True).start()
+
+
 # ---- the child's side -----------------------------------------------------------------------
 
 
 def main() -> int:
     """Serve as the order on the command line says; the exit code is that of `pages serve`."""
     signals = Signals()
+    raise_descriptor_limit()
     order = _Order(**json.loads(sys.argv[1]))
     os.set_inheritable(order.report, False)
     try:
         server = _serve(order)
-    except VmdError as failure:
-        _report(order.report, {"error": str(failure)})
-        return _say_error(str(failure))
+    except Exception as failure:  # whatever it is, the parent waits for word of it
+        why = str(failure) if isinstance(failure, VmdError) else f"page server: {failure!r}"
+        _report(order.report, {"error": why})
+        return _say_error(why)
     server.handshaken.add_done_callback(lambda future: _report(order.report, _news(future)))
     ended = Serving(server, signals, stats_path=Path(order.directory, STATS_FILE)).run()
     line = exit_line(ended, server.counters().poisoned)
@@ -193,7 +216,7 @@ def _serve(order: _Order) -> PageServer:
         return service
 
     listener = Listener.from_fd(order.listener, order.socket)
-    server = PageServer(listener, Image(order.memory), checked, core=order.core, retry=False)
+    server = PageServer(listener, Image(order.memory), checked, core=order.core, retry=False, warn=warn)
     server.start()
     return server
 
@@ -208,14 +231,13 @@ def _news(handshaken: Future[int]) -> dict[str, Any]:
 
 
 def _report(fd: int, news: dict[str, Any]) -> None:
-    """Tell the parent, who may have gone: then nobody wants to know."""
-    if select.select([], [fd], [], 0)[1]:
-        try:
+    """Tell the parent, who may have gone: then nobody wants to know. Never waits for it."""
+    os.set_blocking(fd, False)
+    try:
+        with suppress(BlockingIOError, BrokenPipeError):
             os.write(fd, json.dumps(news).encode() + b"\n")
-        except BrokenPipeError:
-            pass
-        finally:
-            os.close(fd)
+    finally:
+        os.close(fd)
 
 
 def _say_error(line: str) -> int:

@@ -74,7 +74,7 @@ class PageServer:
             self._thread.start()
         except RuntimeError as failure:  # no thread to be had
             refusal = PagesFailed(f"page server: {failure}")
-            _settle(self.handshaken, refusal)
+            settle(self.handshaken, refusal)
             self._finish(Ended(EndReason.FAILED, str(refusal)))
             self.close()
             raise refusal from failure
@@ -146,10 +146,10 @@ class PageServer:
             ended = self._serve()
         except VmdError as failure:
             ended = Ended(EndReason.FAILED, str(failure))
-            _settle(self.handshaken, failure)
+            settle(self.handshaken, failure)
         except BaseException as failure:  # a bug must end the wait of others, not only this thread
             ended = Ended(EndReason.FAILED, f"page server: {failure!r}")
-            _settle(self.handshaken, PagesFailed(f"page server: {failure!r}"))
+            settle(self.handshaken, PagesFailed(f"page server: {failure!r}"))
         self._close_inputs()
         self._finish(ended)
         with self._lock:
@@ -160,7 +160,7 @@ class PageServer:
         """Let it be known how it ended; the first to say so is right. Returns what the first said."""
         with self._lock:
             self._end = first = self._end or ended
-        _settle(self.ended, first)
+        settle(self.ended, first)
         return first
 
     def _close_inputs(self) -> None:
@@ -187,7 +187,7 @@ class PageServer:
             self.handshaken.cancel()
             return Ended(EndReason.STOPPED)
         core = self._begin(handshake)
-        _settle(self.handshaken, handshake.vmm_pid)
+        settle(self.handshaken, handshake.vmm_pid)
         return core.join()
 
     def _begin(self, handshake: Handshake) -> PageCore:
@@ -230,7 +230,7 @@ class PageServer:
         return core
 
 
-def _settle(future: Future[Any], outcome: object) -> None:
+def settle(future: Future[Any], outcome: object) -> None:
     """Give a future its result, or its exception; who waited may have given up and cancelled it."""
     with suppress(InvalidStateError):
         if isinstance(outcome, BaseException):
