@@ -39,7 +39,8 @@ Verdict = Literal["settled", "timeout", "silent"]
 
 _MAGIC = "vmd access-log "
 _DIGITS_MAX = 20  # of 2^64 - 1
-_BYTES_MAX = limits.ACCESS_LOG_LINES_MAX * (_DIGITS_MAX + 1)
+# A log may hold more lines than its memory has pages: a header, and lines that are to be skipped and counted.
+_SPARE_LINES = 1 << 16
 # The seed's reader gives a log up at a line of 64 KiB; this many ticks of six digits stay below it.
 _TICKS_MAX = 8192
 
@@ -89,9 +90,9 @@ def read_access_log(path: Path, memory_bytes: int) -> Recording:
 
     Lines that are no number, misaligned to the log's own page size, outside the memory or
     repeated are skipped and counted. Raises `VmdError` when the file is missing, cannot be read, is
-    not a regular file, is larger than any log, or has a header that this version does not know.
+    not a regular file, is larger than any log of that memory, or has a header that this version does not know.
     """
-    data = _read_bounded(path)
+    data = _read_bounded(path, _lines_max(memory_bytes))
     header, body = _split_header(data)
     try:
         keys = _header_keys(header)
@@ -142,7 +143,12 @@ def _sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def _read_bounded(path: Path) -> bytes:
+def _lines_max(memory_bytes: int) -> int:
+    return min(memory_bytes // PAGE_SIZES[0] + _SPARE_LINES, limits.ACCESS_LOG_LINES_MAX)
+
+
+def _read_bounded(path: Path, lines_max: int) -> bytes:
+    bytes_max = lines_max * (_DIGITS_MAX + 1)
     try:
         # Non-blocking: a FIFO is to be refused, not waited for.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -154,13 +160,15 @@ def _read_bounded(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise VmdError(f"read {path}: not a regular file")
         with os.fdopen(fd, "rb", closefd=False) as file:
-            data = file.read(_BYTES_MAX + 1)
+            data = file.read(bytes_max + 1)
     except OSError as failure:
         raise VmdError(f"read {path}: {failure.strerror}") from failure
     finally:
         os.close(fd)
-    if len(data) > _BYTES_MAX:
-        raise VmdError(f"read {path}: more than {_BYTES_MAX} bytes is no access log")
+    if len(data) > bytes_max:
+        raise VmdError(f"read {path}: more than {bytes_max} bytes is no access log of this memory")
+    if data.count(b"\n") > lines_max:
+        raise VmdError(f"read {path}: more than {lines_max} lines is no access log of this memory")
     return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from array import array
 from pathlib import Path
 
@@ -197,9 +198,23 @@ def test_what_is_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }.items():
         with pytest.raises(VmdError, match=f"^read .*: .*({why})"):
             read_access_log(path, MEMORY_BYTES)
-    monkeypatch.setattr(recording, "_BYTES_MAX", 10)
-    with pytest.raises(VmdError, match="more than 10 bytes is no access log"):
-        log(tmp_path / "long", b"4096\n8192\n12288\n")
+    monkeypatch.setattr(limits, "ACCESS_LOG_LINES_MAX", 1)
+    with pytest.raises(VmdError, match="more than 21 bytes is no access log"):
+        log(tmp_path / "long", b"4096\n8192\n12288\n1234567")
+    with pytest.raises(VmdError, match="more than 1 lines is no access log"):
+        log(tmp_path / "long", b"4096\n8192\n")
+
+
+def test_no_more_is_read_than_a_log_of_that_memory_can_hold(tmp_path: Path) -> None:
+    path = tmp_path / "line feeds"
+    path.write_bytes(b"4096\n" + b"\n" * (20 << 20))
+    tracemalloc.start()
+    with pytest.raises(VmdError, match=f"^read {path}: more than .* is no access log of this memory"):
+        read_access_log(path, MEMORY_BYTES)
+    with pytest.raises(VmdError, match="lines is no access log of this memory"):
+        log(tmp_path / "fewer", b"4096\n" + b"\n" * (1 << 20))
+    assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    tracemalloc.stop()
 
 
 @given(st.binary(max_size=300) | st.text("0123456789\n# :-", max_size=300).map(str.encode))
