@@ -53,6 +53,9 @@ class OldKernel:
             raise OSError(self._errno, os.strerror(self._errno))
         return self._connection.getsockopt(level, option, size)
 
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
 
 @pytest.mark.parametrize("old", [False, True])
 def test_the_process_that_connected(caller: tuple[subprocess.Popen[bytes], socket.socket], old: bool) -> None:
@@ -103,6 +106,23 @@ def test_a_pid_that_another_process_has_by_now_is_not_believed(
     ticks = iter([100, 200])
     monkeypatch.setattr(peer, "start_ticks", lambda _: next(ticks))
     assert peer.open_pidfd(pid, now) == peer.GONE  # replaced between the two looks
+
+
+def test_a_pid_given_anew_while_the_peer_waited_to_be_accepted_is_not_believed(
+    caller: tuple[subprocess.Popen[bytes], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, connection = caller
+    opened = os.pidfd_open
+    process.kill()
+    process.wait()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        ticks = peer.start_ticks(other.pid)
+        monkeypatch.setattr(peer, "start_ticks", lambda _: ticks)  # as though it had the dead one's pid
+        monkeypatch.setattr(os, "pidfd_open", lambda _: opened(other.pid))
+        try:
+            assert peer.identify(OldKernel(connection)) == (process.pid, peer.GONE)  # type: ignore[arg-type]
+        finally:
+            other.kill()
 
 
 def test_start_ticks_of_a_name_with_brackets(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def identify(connection: socket.socket) -> tuple[int, int]:
     """The peer's pid and a pidfd of it, `GONE` when the process no longer exists.
 
     By SO_PEERPIDFD; before Linux 6.5 by SO_PEERCRED and pidfd_open(2), believed only when the
-    process that holds the pid has the same start time before and after, not later than now.
+    process that holds the pid has the same start time before and after, not later than now, and the
+    peer has not hung up: while it waited to be accepted it may have died, and its pid been given anew.
     Raises `HandshakeRefused` when the peer's pid cannot be seen from here.
     """
     pid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
@@ -38,7 +39,11 @@ def identify(connection: socket.socket) -> tuple[int, int]:
             return pid, GONE
         if failure.errno != errno.ENOPROTOOPT:
             raise HandshakeRefused(f"handshake: identify pid {pid}: {failure.strerror}") from failure
-    return pid, open_pidfd(pid, time.clock_gettime(time.CLOCK_BOOTTIME))
+    pidfd = open_pidfd(pid, time.clock_gettime(time.CLOCK_BOOTTIME))
+    if pidfd != GONE and _has_hung_up(connection):
+        os.close(pidfd)
+        return pid, GONE
+    return pid, pidfd
 
 
 def open_pidfd(pid: int, alive_at: float) -> int:
@@ -56,6 +61,13 @@ def open_pidfd(pid: int, alive_at: float) -> int:
         os.close(pidfd)
         return GONE
     return pidfd
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Whether the peer's end is closed, as death closes it, at least for writing."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLRDHUP)  # POLLHUP is always reported
+    return bool(poll.poll(0))
 
 
 def start_ticks(pid: int) -> int:
