@@ -13,7 +13,8 @@ The flow, in reading order; `docs/flow.md` tells it as a story:
 `demo`                 the whole flow on this host, measured
 =================  ======================================================================
 
-The rules that all of them obey: `errors`, `limits`, `states`, `settings`; `store` is what is on disk.
+The rules that all of them obey: `errors`, `limits`, `states`, `settings`; `store` is what is on disk, `slots` how many
+restores go on at once.
 Machinery: `vmm` (Firecracker), `guest` (the built-in one), `host` (the doctor), `cli`.
 
 Imports point one way (a house test keeps it so):

@@ -19,7 +19,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from . import limits
 from .backend import Backend, Choice, Request, choose_backend, plan_service, words
@@ -28,6 +27,7 @@ from .pages.contract import Ended, Service
 from .pages.detached import DetachedPages
 from .pages.server import PageServer, serve_pages
 from .settings import Settings
+from .slots import slot
 from .store import Owned, runs
 from .vmm import process
 from .vmm.process import find_firecracker
@@ -96,7 +96,7 @@ async def restore(
         await request.snapshot.require_format(firecracker)
     restored = Restored(request, settings, choice, warn, at)
     try:
-        async with _slots(settings):
+        async with slot(settings):
             await at(Step.SLOT)
             await restored._thaw(firecracker, resume)
     except BaseException as failure:
@@ -369,15 +369,6 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-_slots_of: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Semaphore]] = WeakKeyDictionary()
-
-
-def _slots(settings: Settings) -> asyncio.Semaphore:
-    """The slots of this process for concurrent restores, VMD_MAX_CONCURRENT_RESTORES of them."""
-    bound = settings.concurrent_restores_max
-    return _slots_of.setdefault(asyncio.get_running_loop(), {}).setdefault(bound, asyncio.Semaphore(bound))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             {"errors", "limits", "states"},
             {"settings", "store"},
-            {"guest", "host", "pager", "pages", "recording", "snapshot", "vmm", "workingset"},
+            {"guest", "host", "pager", "pages", "recording", "slots", "snapshot", "vmm", "workingset"},
             {"backend"},
             {"restore"},
             {"template"},

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+from vmd import slots
 from vmd import template as templates
 from vmd.backend import Request
 from vmd.settings import Settings
@@ -178,5 +179,5 @@ def left_in(settings: Settings) -> list[str]:
     """What a restore would have left: VMMs, entries of the run directory, records of sandboxes."""
     left = [f"vmm {pid}" for pid in vmms_in(settings.run_dir)]
     for directory in (settings.run_dir, settings.state_dir / "sandboxes"):
-        left += [str(path) for path in directory.glob("*")]
+        left += [str(path) for path in directory.glob("*") if path.name != slots.FILE]
     return left
