@@ -165,6 +165,7 @@ class Sandbox:
             await _kill(self.record.vmm)
             if self.record.pages is not None and not self.record.pages.shared:
                 await _kill(self.record.pages, grace_seconds=_PAGES_END_SECONDS)
+        _reap()
         for directory in (Path(self.record.directory), _home(self._settings, self.id)):
             with contextlib.suppress(FileNotFoundError):
                 await asyncio.to_thread(shutil.rmtree, directory)
@@ -188,6 +189,7 @@ async def create(
     ``detached``: it outlives this process. Raises `NotFound`, `BackendUnavailable`, `SnapshotError`,
     `RestoreFailed`; then, as after a cancellation, nothing is left.
     """
+    _reap()
     found = templates.load(settings, template)
     request = Request(_new_id(), found.name, found.snapshot, backend, access_log=found.access_log, detached=detached)
     restored = await restore(request, settings, warn=warn)
@@ -198,6 +200,7 @@ async def create(
         write_json(home / RECORD, record.save())
         if detached:
             restored.forget()
+            _children.update(child for child in (record.vmm, record.pages) if child is not None)
     except BaseException:
         await finish(restored.close())
         shutil.rmtree(_home(settings, request.sandbox_id), ignore_errors=True)
@@ -252,6 +255,20 @@ def _server_of(restored: Restored) -> Process | None:
         return None
     pid = restored.pages.pid if isinstance(restored.pages, DetachedPages) else os.getpid()
     return Process(pid, process.start_time(pid), shared=pid == os.getpid())
+
+
+# Detached, but children of this process all the same: when they end, nobody else can take them from the process table.
+_children: set[Process] = set()
+
+
+def _reap() -> None:
+    """Take the exit status of detached children that have ended; a process may make many and live for long."""
+    for child in [child for child in _children if not child.alive()]:
+        _children.discard(child)
+        # Its start time, because the pid may be somebody else's by now; a zombie still has one.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if process.start_time(child.pid) == child.start_time:
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG)
 
 
 async def _kill(victim: Process, *, grace_seconds: float = 0.0) -> None:

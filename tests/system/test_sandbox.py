@@ -102,6 +102,24 @@ def test_a_sandbox_whose_page_server_died_is_frozen_and_never_reads_zeros(settin
     assert left_in(settings) == []
 
 
+def test_detached_children_that_end_are_reaped_by_the_next_command(settings: Settings, run: Run) -> None:
+    async def story() -> None:
+        made = await sandbox.create(settings, NAME, backend="uffd", detached=True)
+        assert made.record.pages is not None
+        pids = [made.record.vmm.pid, made.record.pages.pid]
+        await end(pids[0])
+        await end(pids[1])
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)  # zombies
+        other = await sandbox.create(settings, NAME, backend="file", detached=True)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        await other.kill()
+        assert not Path(f"/proc/{other.record.vmm.pid}").exists()
+        await made.kill()
+
+    run(story())
+    assert left_in(settings) == []
+
+
 def test_a_question_ends_at_once_when_the_vmm_dies(settings: Settings, run: Run) -> None:
     async def story() -> None:
         made = await sandbox.create(settings, NAME)
