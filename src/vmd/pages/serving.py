@@ -17,7 +17,8 @@ from pathlib import Path
 
 from .. import limits
 from .contract import Ended, EndReason
-from .server import PageServer
+from .process import one_line
+from .server import NO_END, PageServer
 
 # Warnings are passed on this often where no statistics file asks for more.
 _IDLE_SECONDS = 1.0
@@ -26,18 +27,39 @@ _IDLE_SECONDS = 1.0
 # may be busy for good reason: the last install in flight frees the dead VM's memory (70 ms a GiB).
 _STOPPED_SECONDS = 0.6 * limits.PAGES_STOP_SECONDS
 _GONE_SECONDS = 2.0
-# A reader of stderr that lags may take this long; one that does not read at all must not hold up a VM.
-_SAY_MS = 100
+# A reader of stderr that lags may take so long, and a tenth of all time: one that does not read must hold
+# up neither a VM nor the end of this process, though there be many lines to say.
+_SAY_SECONDS = 0.05
+_SAY_SHARE = 0.1
 # What a pipe that poll calls writable takes without waiting (PIPE_BUF).
 _SAY_BYTES_MAX = 4096
 
 
+class _Patience:
+    """With who reads stderr: how long he may still be waited for."""
+
+    def __init__(self) -> None:
+        self._left, self._at = _SAY_SECONDS, time.monotonic()
+
+    def wait(self, poll: select.poll) -> bool:
+        """Whether he takes a line."""
+        since = time.monotonic()
+        self._left = min(_SAY_SECONDS, self._left + _SAY_SHARE * (since - self._at))
+        ready = poll.poll(1000 * self._left)
+        self._at = time.monotonic()
+        self._left = max(0.0, self._left - (self._at - since))
+        return bool(ready)
+
+
+_patience = _Patience()
+
+
 def say(line: str) -> None:
     """Write one line to stderr. Never raises and never waits for long, whoever is or is not reading there."""
-    data = line.replace("\n", "\\n").encode(errors="surrogateescape")
+    data = one_line(line).encode(errors="surrogateescape")
     poll = select.poll()
     poll.register(2, select.POLLOUT)
-    if poll.poll(_SAY_MS):
+    if _patience.wait(poll):
         with suppress(OSError):
             os.write(2, data[: _SAY_BYTES_MAX - 1] + b"\n")
 
@@ -138,7 +160,7 @@ class Serving:
             self._leave_why = why
 
     def _abandon(self) -> Ended:
-        warn("the memory file's storage does not answer; leaving without waiting for it")
+        warn(f"{NO_END}; leaving without it")
         return self._server.abandon(self._leave_why)
 
     def _period_ms(self) -> float | None:
