@@ -1,14 +1,16 @@
-"""An image that the page cache does not hold: the filler reads it beside its installs, and every byte is right."""
+"""An image that the page cache does not hold: it is read beside the installs, and every byte is right."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from errno import ENOMEM
 
 import pytest
 
+from tests.contract.held import Held
 from tests.contract.world import WHOLE_BYTES, MakeImage, Memory, Serve
 from tests.fakes.vmm import FakeVmm, Span, eventually
 from vmd.pages.contract import Beside, Injection, Outcome, Service
@@ -77,3 +79,39 @@ def test_touches_race_replay(serve: Serve, make_image: MakeImage) -> None:
         assert results == image.verdicts(touches)
     counters = served.replayed()
     assert (counters.demand + counters.replayed, counters.zero) == (984, 40)
+
+
+@pytest.mark.seed(2)
+def test_demand_alone(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(2048, holes=range(0, 2048, 9))
+    order = random.Random(4).sample(range(2048), 256)
+    served = serve(image, before=chill(image))
+    shares = served.vmm.start("verdict", order, threads=8, split=True).wait()
+    assert shares == [image.verdicts(order[at::8]) for at in range(8)]
+    counters = served.at_rest()
+    zeros = len(image.holes & set(order))
+    assert (counters.demand, counters.zero, counters.faults, counters.fault_count) == (256 - zeros, zeros, 256, 256)
+
+
+@pytest.mark.seed(12, 13)
+def test_removed_while_storage_is_asked_for_it(serve: Serve, make_image: MakeImage) -> None:
+    image = make_image(64)
+    with ExitStack() as stack:
+
+        def before(vmm: FakeVmm, handshake: Handshake) -> None:
+            chill(image)(vmm, handshake)
+            held.append(stack.enter_context(Held(pread=40 * image.page_size)))
+
+        held: list[Held] = []
+        served = serve(image, before=before)
+        fault = served.vmm.start("verdict", [40])
+        held[0].wait("pread")
+        removal = served.vmm.start("remove", [40])
+        with suppress(AssertionError):  # a core that reads where it serves hears of it later
+            removal.wait(0.5)
+        held[0].let_go()
+        removal.wait()
+        assert fault.wait() == [["zero"]]
+    counters = served.at_rest()
+    assert (counters.demand, counters.zero) == (0, 1)
+    assert served.vmm.verdicts([40, 41]) == ["zero", "image"]

@@ -5,7 +5,8 @@ the main thread itself runs on). Says ``ready``, then reads one JSON object: the
 stop by name when a thread has come to it, and keeps that thread there. Lets all go when its
 standard input ends.
 
-- ``copy``: a thread is about to install image bytes at ``address`` (entry of the ioctl);
+- ``copy``: a thread is about to install image bytes at address ``copy`` (entry of the ioctl);
+- ``pread``: a thread is about to read the file from offset ``pread`` (entry of the system call);
 - ``remove``: a thread has just read a REMOVE, and has not yet looked at it (exit of the read).
 """
 
@@ -34,7 +35,7 @@ SYSCALL_STOP = signal.SIGTRAP | 0x80
 ENTRY, EXIT = 1, 2
 WALL = 0x40000000  # threads too
 
-SYS_READ, SYS_IOCTL = 0, 16
+SYS_READ, SYS_IOCTL, SYS_PREAD64 = 0, 16, 17
 UFFDIO_COPY = 0xC028AA03
 EVENT_REMOVE = 0x15
 MESSAGE_BYTES = 32
@@ -93,6 +94,8 @@ class Tracer:
             elif number == SYS_IOCTL and arguments[1] == UFFDIO_COPY and "copy" in self.stops:
                 start, _, size = struct.unpack("3Q", os.pread(self.memory, 24, arguments[2]))
                 return "copy" if start <= self.stops["copy"] < start + size else None
+            elif number == SYS_PREAD64 and arguments[3] == self.stops.get("pread"):
+                return "pread"
         elif info.raw[0] == EXIT and tid in self.reads and "remove" in self.stops:
             _, buffer, *_ = self.reads.pop(tid)
             (got,) = struct.unpack_from("q", info.raw, 24)

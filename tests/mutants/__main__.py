@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setup import rust
 
@@ -51,21 +53,31 @@ def _hunt_all(mutants: list[Mutant]) -> list[Verdict]:
     crate = Crate(env)
     crate.check(mutants)
     module = crate.build(None)
-    healthy = run(module, contract_tests(), BASELINE_TEST_SECONDS_MAX)
-    _must_be_green(healthy)
-    seconds_max = limit(healthy)
-    limits = f"the slowest in {healthy.slowest:.1f} s; over a mutant each has {seconds_max} s"
-    print(f"as it is: {len(healthy.passed)} tests pass in {healthy.seconds:.0f} s, {limits}", flush=True)
-    verdicts = []
-    for number, mutant in enumerate(mutants, 1):
-        verdicts.append(verdict := hunt(crate, mutant, digest(module), seconds_max))
-        print(f"{number:>2}/{len(mutants)} {mutant.name:<22} {verdict.words}", flush=True)
+    builder = ThreadPoolExecutor(1)
+    try:
+        builds = [builder.submit(crate.build, mutant) for mutant in mutants]
+        healthy = run(module, contract_tests(), BASELINE_TEST_SECONDS_MAX)
+        _must_be_green(healthy)
+        seconds_max = limit(healthy)
+        limits = f"the slowest in {healthy.slowest:.1f} s; over a mutant each has {seconds_max} s"
+        print(f"as it is: {len(healthy.passed)} tests pass in {healthy.seconds:.0f} s, {limits}", flush=True)
+        verdicts = []
+        for number, (mutant, build) in enumerate(zip(mutants, builds, strict=True), 1):
+            verdicts.append(verdict := hunt(mutant, build, digest(module), seconds_max))
+            print(f"{number:>2}/{len(mutants)} {mutant.name:<19} {verdict.words}", flush=True)
+    finally:
+        builder.shutdown(cancel_futures=True)
+    _tell(verdicts, module, seconds_max)
+    return [verdict for verdict in verdicts if not verdict.killer]
+
+
+def _tell(verdicts: list[Verdict], module: Path, seconds_max: int) -> None:
+    """Sum up; the tests that killed must have been right about the core as it is."""
     killers = sorted({verdict.killer for verdict in verdicts if verdict.killer})
     if killers:
         _must_be_green(run(module, killers, seconds_max))
         print(f"as it is: the {len(killers)} tests that killed pass again")
-    print(f"{sum(bool(verdict.killer) for verdict in verdicts)} of {len(mutants)} mutants killed")
-    return [verdict for verdict in verdicts if not verdict.killer]
+    print(f"{sum(bool(verdict.killer) for verdict in verdicts)} of {len(verdicts)} mutants killed")
 
 
 def _must_be_green(outcome: Outcome) -> None:

@@ -48,7 +48,10 @@ class Crate:
             raise StaleTableError("\n".join(stale))
 
     def build(self, mutant: Mutant | None) -> Path:
-        """The module with ``mutant`` applied (None: as it is), alone in a folder of its own. Raises `BuildError`."""
+        """The module with ``mutant`` applied (None: as it is), alone in a folder of its own. Raises `BuildError`.
+
+        Gives way to what runs beside it: the next mutant is built while one is hunted.
+        """
         folder = BUILD / "modules" / (mutant.name if mutant else "as-it-is")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -68,7 +71,17 @@ class Crate:
             source.write_text(text, encoding="utf-8")
 
     def _cargo(self) -> None:
-        command = ["cargo", "build", "--release", "--locked", "--quiet", "--lib", "--features", "extension-module"]
+        command = [
+            "nice",
+            "cargo",
+            "build",
+            "--release",
+            "--locked",
+            "--quiet",
+            "--lib",
+            "--features",
+            "extension-module",
+        ]
         folder = TREE / "crates" / "vmd-core"
         done = subprocess.run(command, cwd=folder, env=self._env, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -7,11 +7,11 @@ come first, then the rest of the contract suite: a mutant survives only all of i
 
 from __future__ import annotations
 
-import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from .crate import TREE, BuildError, Crate, digest
+from .crate import TREE, BuildError, digest
 from .suite import CONTRACT, Outcome, run
 from .table import Mutant
 
@@ -25,29 +25,27 @@ class Verdict:
     words: str
 
 
-def hunt(crate: Crate, mutant: Mutant, baseline: str, test_seconds_max: int) -> Verdict:
-    """Build ``mutant`` and let the suite look for it. ``baseline``: digest of the module as it is."""
-    started = time.monotonic()
+def hunt(mutant: Mutant, build: Future[Path], baseline: str, test_seconds_max: int) -> Verdict:
+    """Let the suite look for ``mutant`` in what was built of it. ``baseline``: digest of the module as it is."""
     try:
-        module = crate.build(mutant)
+        module = build.result()
     except BuildError as failure:
         return Verdict(mutant, None, f"DOES NOT COMPILE\n{failure}")
     if digest(module) == baseline:
         return Verdict(mutant, None, "CHANGES NOTHING: the module is the same, byte for byte")
-    built = time.monotonic() - started
     named = [str(CONTRACT / f"test_{stem}.py") for stem in mutant.tests.split()]
     rest = sorted(set(contract_tests()) - set(named))
-    tests_run = 0
+    passed = 0
     for stage in (named, rest):
         outcome, words = _search(module, stage, test_seconds_max)
-        tests_run += len(outcome.passed)
+        passed += len(outcome.passed)
         if outcome.failed:
-            where = "" if stage is named else " (none of the tests named in the table)"
-            after = f"killed by {_short(outcome.failed)} after {outcome.seconds:.1f} s{where}"
-            return Verdict(mutant, outcome.failed, f"{after}{words}; {tests_run} passed before; built in {built:.0f} s")
+            where = "" if stage is named else " (none of those named in the table)"
+            words = f"killed by {_short(outcome.failed)}{where} after {outcome.seconds:.1f} s, {passed} passed{words}"
+            return Verdict(mutant, outcome.failed, words)
         if outcome.hung:
             return Verdict(mutant, None, f"HANGS THE SUITE in {_short(outcome.hung)} without a failure{words}")
-    return Verdict(mutant, None, f"SURVIVED all {tests_run} tests{words}")
+    return Verdict(mutant, None, f"SURVIVED all {passed} tests{words}")
 
 
 def contract_tests() -> list[str]:

@@ -26,11 +26,13 @@ def _faults(name: str, what: str, old: str, new: str, tests: str) -> Mutant:
     return Mutant(name, what, "faults.rs", old, new, tests)
 
 
+def _demand(name: str, what: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, what, "demand.rs", old, new, tests)
+
+
 def _fill(name: str, what: str, old: str, new: str, tests: str) -> Mutant:
     return Mutant(name, what, "fill.rs", old, new, tests)
 
-
-_READ = "self.vm.uffd.read(&mut self.messages)"
 
 # fmt: off
 MUTANTS = [
@@ -38,8 +40,10 @@ MUTANTS = [
     Mutant("wrong-offset", "a region's place in the image is taken for 0", "regions.rs",
            "self.ordered[at].offset + (page", "(page", "content"),
     _faults("stale-byte", "the last byte of a demand page is the one of the page before",
-            "self.vm.image.read(&mut self.buffer, offset);\n        for",
-            "self.vm.image.read(&mut self.buffer[1..], offset + 1);\n        for", "content"),
+            "read_now(&mut self.buffer, offset)", "read_now(&mut self.buffer[1..], offset + 1)", "content"),
+    Mutant("stale-byte-cold", "the first byte of a demand page that comes from storage is zero", "cold.rs",
+           "let mut result = self.image.read(&mut bytes, offset);",
+           "let mut result = self.image.read(&mut bytes[1..], offset + 1);", "cold"),
     _fill("stale-piece", "a piece in the middle of a run gets the bytes of the run's beginning",
           "let from = (piece.start - run.pages.start) * page_size;", "let from = 0;", "sequential replay"),
     _fill("stale-buffer", "the cold reader's runs are installed from the beginning of their buffer",
@@ -48,43 +52,44 @@ MUTANTS = [
            "&& self.vm.is_hole(page) == hole)", ")", "sequential"),
     Mutant("hole-off-by-one", "the last page before a hole is taken for a hole", "image.rs",
            "|&(_, end)| end <= offset)", "|&(_, end)| end <= offset + len)", "content"),
-    _faults("poison-zeros", "a page that cannot be read is filled with zeros",
-            "self.vm.uffd.poison(address, self.vm.regions.page_size)", "self.vm.zero(page, 1)", "unreadable"),
+    _demand("poison-zeros", "a page that cannot be read is filled with zeros",
+            "self.uffd.poison(address, self.regions.page_size)", "self.zero(page, 1)", "unreadable"),
     _fill("partial-is-whole", "of a run that went in in part the rest is taken for installed",
           "(bytes / vm.regions.page_size) as usize,", "piece.len(),", "partial"),
 
     # no fault is lost
     _faults("dropped-fault", "of faults that are read together only the first is served",
             "for at in 0..self.faults.len() {", "for at in 0..self.faults.len().min(1) {", "crowd"),
-    _faults("eagain-dropped", "a fault that is refused with EAGAIN counts as served",
-            "Outcome::Later | Outcome::Partial(_) => return Ok(false),", "Outcome::Later | Outcome::Partial(_) => {}",
-            "outcomes"),
+    _demand("eagain-dropped", "a fault that is refused with EAGAIN counts as served",
+            "Outcome::Later | Outcome::Partial(_) => return Ok(Progress::Refused),",
+            "Outcome::Later | Outcome::Partial(_) => {}", "outcomes"),
     _faults("never-retried", "a parked fault has no timer",
-            "if self.parked.is_empty() { std::ptr::null() }", "if true { std::ptr::null() }", "outcomes"),
-    _faults("wake-forgotten", "who waits for a page that is there (EEXIST) is not woken",
-            "self.vm.uffd.wake(address, self.vm.regions.page_size);", "", "outcomes"),
+            "if idle { std::ptr::null() }", "if idle || true { std::ptr::null() }", "outcomes"),
+    _demand("wake-forgotten", "who waits for a page that is there (EEXIST) is not woken",
+            "self.uffd.wake(address, self.regions.page_size);", "", "outcomes"),
     _faults("overdue-ignored", "a fault may wait for ever",
-            "age > self.vm.limits.fault_unserved", "false", "outcomes"),
+            "if fault.read_at.elapsed() > self.vm.limits.fault_unserved", "if false", "outcomes"),
 
     # removed stays removed
     _faults("remove-ignored", "a REMOVE is read and forgotten",
             "abi::EVENT_REMOVE | abi::EVENT_UNMAP =>", "abi::EVENT_REMOVE => {}\n            abi::EVENT_UNMAP =>",
             "removed"),
-    _faults("removed-not-sticky", "a fault on a removed page gets the snapshot's bytes",
-            "if state != State::Absent ||", "if state == State::Installed ||", "removed"),
+    _demand("removed-not-sticky", "a fault on a removed page gets the snapshot's bytes",
+            "self.states.get(page) == State::Absent &&",
+            "matches!(self.states.get(page), State::Absent | State::Removed) &&", "removed"),
+    _faults("removed-while-read", "a page that was removed while storage was asked for it gets the snapshot's bytes",
+            "if !self.vm.needs_image(read.page) {", "if false {", "cold"),
+    _faults("released-never", "who waits for a page that was removed while storage was asked for it waits for ever",
+            "if self.vm.needs_image(fault.page) {\n", "if true {\n", "cold"),
     _fill("removed-refilled", "the filler fills pages that were removed",
           "vm.states.get(*page) == State::Absent;", "vm.states.get(*page) != State::Installed;", "removed"),
     _fill("gate-open-filler", "the filler checks and installs outside the gate",
           "let gate = vm.gate.enter_behind_demand();", "let gate = ();", "gate"),
     _faults("gate-open-faults", "REMOVEs are read and applied outside the gate",
-            "let _gate = self.vm.gate.enter_for_demand();", "", "gate"),
-    _faults("gate-left-early", "REMOVEs are read in the gate and applied outside it",
-            f"let _gate = self.vm.gate.enter_for_demand();\n        loop {{\n            let count = match {_READ} {{",
-            f"loop {{ let count = match {{ let _gate = self.vm.gate.enter_for_demand(); let read = {_READ};\n"
-            "self.vm.gate.demand_served(); read } {", "gate"),
+            "let _gate = vm.gate.enter_for_demand();", "let _ = vm.gate.enter_for_demand();", "gate"),
     _faults("faults-first", "a fault is served as soon as it is read, REMOVEs behind it or not",
-            "self.faults.push(Fault { page, read_at });",
-            "self.faults.push(Fault { page, read_at });\n"
+            "self.faults.push(Fault { page, read_at, refused: false });",
+            "self.faults.push(Fault { page, read_at, refused: false });\n"
             "self.serve_fault(self.faults.len() - 1)?;\nself.faults.pop();", "gate"),
 
     # the plan
@@ -104,10 +109,11 @@ MUTANTS = [
             "let at = all.len().saturating_sub(1);\nall.insert(at, vm.regions.offset(page));", "record"),
     _faults("record-duplicates", "a page is recorded each time that it is faulted on",
             "replace(&mut self.seen[page], true)", "replace(&mut self.seen[page], false)", "record"),
-    _faults("counted-twice", "a page that was there already is counted as installed once more",
-            "Outcome::Present => {", "Outcome::Present => {\n                count(self.vm);", "outcomes"),
+    _demand("counted-twice", "a page that was there already is counted as installed once more",
+            "Outcome::Present => {", "Outcome::Present => {\n                count(self);", "outcomes"),
     _faults("latency-lost", "the latency of a fault that had to wait is not recorded",
-            "self.vm.stats().latency.record(age);", "", "outcomes latency"),
+            "Progress::Served => self.vm",
+            "Progress::Served if fault.refused => {}\nProgress::Served => self.vm", "latency"),
 
     # the end
     _faults("stop-ignored", "stop is not heard",
