@@ -228,6 +228,16 @@ def test_directories(run_dir: Path, state_dir: Path, monkeypatch: pytest.MonkeyP
     assert not ask("run-dir").ok
 
 
+def test_directories_that_others_can_write_to(run_dir: Path, state_dir: Path) -> None:
+    (state_dir / "templates").mkdir()
+    for wrong in (state_dir, state_dir / "templates", run_dir):
+        wrong.chmod(0o777)
+        answer = ask("run-dir" if wrong == run_dir else "state-dir")
+        assert (answer.ok, answer.fix) == (False, f"chmod go-w {wrong}")
+        assert answer.detail.startswith(f"{wrong} can be written by others")
+        wrong.chmod(0o700)
+
+
 def test_holes(state_dir: Path, run_dir: Path) -> None:
     assert filesystem.kind(Path("/proc")) == "proc"
     assert filesystem.keeps_holes(Path("/dev/shm"))

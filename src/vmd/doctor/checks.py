@@ -23,6 +23,7 @@ from ..host import filesystem, kernel
 from ..pages import uffd
 from ..pages.cores import core_name
 from ..settings import Settings
+from ..store import require_private
 from ..vmm.process import find_firecracker, find_jailer
 from ..vmm.vmm import Vmm
 from . import faults
@@ -190,6 +191,8 @@ def _feature(have: Callable[[], bool], what: str, since: str, without: str) -> _
 
 def _state_dir(name: str, settings: Settings) -> Check:
     """Zeros of a snapshot are kept as holes: a template takes the space of what its guest wrote."""
+    for part in (settings.state_dir, settings.state_dir / "templates", settings.state_dir / "sandboxes"):
+        require_private(part)
     directory = filesystem.nearest(settings.state_dir)
     kind = filesystem.kind(directory)
     try:
@@ -205,6 +208,7 @@ def _state_dir(name: str, settings: Settings) -> Check:
 
 
 def _run_dir(name: str, settings: Settings) -> Check:
+    require_private(settings.run_dir)
     directory = filesystem.nearest(settings.run_dir)
     kind = filesystem.kind(directory)
     if not os.access(directory, os.W_OK | os.X_OK):
