@@ -24,9 +24,11 @@ settings -> states, limits, errors``; ``pages`` never imports ``vmm``: it serves
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# As type checkers know it. `typing` takes ten milliseconds, in which Ctrl-C would be a traceback (see `__main__`).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .errors import VmdError as VmdError
     from .pages.server import PageServer as PageServer
     from .pages.server import serve_pages as serve_pages

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import signal
+# `signal` would first load `enum`, and Ctrl-C meanwhile be a traceback out of half an import.
+import _signal  # type: ignore[import-not-found]
 
-# Until a command runs there is nothing to undo: Ctrl-C ends this process as it ends any other, and
-# is not a traceback out of half an import.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Until a command runs there is nothing to undo: Ctrl-C ends this process as it ends any other. What
+# comes before this line is the interpreter's own start.
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
 def main() -> None:

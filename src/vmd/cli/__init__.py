@@ -7,6 +7,7 @@ also under ``--json``, and a line ``vmd: hint: ...`` where a fix is known; the e
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import VmdError
+from ..pages.process import one_line, raise_descriptor_limit
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -63,11 +65,12 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     if not _serves(arguments):  # a page server hears its signals by itself
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_descriptor_limit()  # a page server takes some ten of them for each VM
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line; its exit code. Writes to stdout and stderr, raises only for bugs."""
+    """Run one command line; its exit code. Writes to stdout and stderr, raises only for bugs, under `pages` never."""
     serves = _serves(arguments)
     try:
         code = vmd.main(arguments, prog_name="vmd", standalone_mode=False)
@@ -85,6 +88,11 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _line("error: interrupted")
         return INTERRUPTED
+    except Exception as failure:
+        if not serves:
+            raise
+        _line(f"error: {failure!r}")
+        return 1
     return code if isinstance(code, int) else 0
 
 
@@ -109,11 +117,14 @@ def _say_usage(failure: click.ClickException, serves: bool) -> int:
     if isinstance(failure, click.exceptions.NoArgsIsHelpError):
         failure.show()
         return 2
-    _line(f"error: {failure.format_message()}" + ("" if serves else " [usage]"))
+    message = failure.format_message().replace("\n\t", " ")  # click lists the choices on lines of their own
+    _line(f"error: {message}" + ("" if serves else " [usage]"))
     if context is not None and not serves:
         _line(f"hint: {context.command_path} --help")
     return 2
 
 
 def _line(text: str) -> None:
-    print(f"vmd: {text}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed: nobody is told, and stdout is for data
+        with contextlib.suppress(OSError):  # nobody reads
+            print(f"vmd: {one_line(text)}", file=sys.stderr, flush=True)
