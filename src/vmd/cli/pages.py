@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from array import array
 from collections.abc import Callable
 from contextlib import closing
+from itertools import combinations
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +30,8 @@ def pages() -> None:
 
 # chown(2) takes -1, which is the highest number, for "leave it as it is".
 _ID_MAX = (1 << 32) - 2
+_ID_DIGITS_MAX = 10
+_SHOWN_CHARS = 40
 # poll(2) takes milliseconds in 31 bits: 24 days.
 _ACCEPT_SECONDS_MAX = 2_000_000
 
@@ -36,9 +40,14 @@ def _parse_owner(_: click.Context, __: click.Parameter, word: str | None) -> tup
     if word is None:
         return None
     uid, _colon, gid = word.partition(":")
-    if not (word.isascii() and uid.isdecimal() and gid.isdecimal() and max(int(uid), int(gid)) <= _ID_MAX):
-        raise click.BadParameter(f"expected UID:GID as numbers up to {_ID_MAX}, got {word!r}")
+    if not (_is_id(uid) and _is_id(gid)):
+        raise click.BadParameter(f"expected UID:GID as numbers up to {_ID_MAX}, got {word[:_SHOWN_CHARS]!r}")
     return int(uid), int(gid)
+
+
+def _is_id(word: str) -> bool:
+    # The length first: int() refuses words of thousands of digits in its own words.
+    return word.isascii() and word.isdecimal() and len(word) <= _ID_DIGITS_MAX and int(word) <= _ID_MAX
 
 
 def _parse_seconds(_: click.Context, __: click.Parameter, seconds: float | None) -> float | None:
@@ -126,7 +135,7 @@ def serve(
         raise UsageError("--journal: not supported yet", hint="serve without it; a VM whose server dies stays frozen")
     if sum((record is not None, replay is not None, no_prefetch)) > 1:
         raise UsageError("--record, --replay and --no-prefetch exclude each other")
-    _check_outputs(memory, record, stats)
+    _check_paths(socket_path, memory, replay, record, stats)
     settings = Settings.read()
     signals = _begin()
     identity = _identity(memory) if record is not None else ""
@@ -134,7 +143,11 @@ def serve(
     server = serve_pages(
         socket_path, memory, service, owner=owner, core=settings.core, accept_seconds=accept_timeout, warn=warn
     )
-    ended = _serve_ready(server, signals, stats)
+    try:
+        ended = _serve_ready(server, signals, stats)
+    except BaseException:  # the socket is not to stay
+        server.close()
+        raise
     failure = None if record is None else _write_record(record, identity, server, ended)
     _leave(server, ended, failure)
 
@@ -159,13 +172,37 @@ def _begin() -> Signals:
     return signals
 
 
-def _check_outputs(memory: Path, record: Path | None, stats: Path | None) -> None:
-    """A recording must not be lost in the end, nor a memory file overwritten, for a typo."""
-    for option, path in (("--record", record), ("--stats", stats)):
-        if path is not None and path.exists() and memory.exists() and path.samefile(memory):
-            raise UsageError(f"{option} {path}: this is the memory file")
-    if record is not None and (record.is_dir() or not os.access(record.absolute().parent, os.W_OK)):
-        raise VmdError(f"record {record}: it is a directory, or its directory does not exist or cannot be written")
+def _check_paths(socket_path: Path, memory: Path, replay: Path | None, record: Path | None, stats: Path | None) -> None:
+    """A recording must not be lost in the end, nor anything else overwritten, for a typo. `UsageError`, `VmdError`."""
+    for option, output in (("--record", record), ("--stats", stats)):
+        if output is not None and not _is_replaceable(output):
+            raise UsageError(f"{option} {output}: this is there and not a regular file, and would be replaced by one")
+    given = {"--socket": socket_path, "--memory": memory, "--replay": replay, "--record": record, "--stats": stats}
+    paths = [(option, path) for option, path in given.items() if path is not None]
+    for (one, path), (other, same) in combinations(paths, 2):
+        if _is_same(path, same):
+            raise UsageError(f"{one} and {other} are the same file: {same}")
+    if record is not None and not os.access(record.absolute().parent, os.W_OK):
+        raise VmdError(f"record {record}: its directory does not exist or cannot be written")
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether nothing is there, or a file; neither a device nor a link, which a rename over it would destroy."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # not there, or not to be seen: who writes it says so
+        return True
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return _place(one) == _place(other)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    return os.path.realpath(path.parent), path.name
 
 
 def _serve_ready(server: PageServer, signals: Signals, stats: Path | None) -> Ended:
@@ -174,7 +211,6 @@ def _serve_ready(server: PageServer, signals: Signals, stats: Path | None) -> En
     try:
         os.write(1, b"ready\n")
     except OSError as failure:
-        server.close()
         raise VmdError(f"ready: write to stdout: {failure.strerror}") from failure
     return serving.run()
 
