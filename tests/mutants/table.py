@@ -86,7 +86,7 @@ MUTANTS = [
     _fill("gate-open-filler", "the filler checks and installs outside the gate",
           "let gate = vm.gate.enter_behind_demand();", "let gate = ();", "gate"),
     _faults("gate-open-faults", "REMOVEs are read and applied outside the gate",
-            "let _gate = vm.gate.enter_for_demand();", "let _ = vm.gate.enter_for_demand();", "gate"),
+            "let _gate = vm.gate.enter_for_demand();", "drop(vm.gate.enter_for_demand());", "gate"),
     _faults("faults-first", "a fault is served as soon as it is read, REMOVEs behind it or not",
             "self.faults.push(Fault { page, read_at, refused: false });",
             "self.faults.push(Fault { page, read_at, refused: false });\n"
