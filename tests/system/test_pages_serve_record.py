@@ -161,12 +161,12 @@ def test_a_vm_that_touched_nothing_leaves_a_log_without_pages(
     assert read_log(log) == ({**read_log(log)[0], "pages": "0"}, [])
 
 
-@pytest.mark.parametrize("where", ["no/such/log", "", "."])
+@pytest.mark.parametrize(("where", "code"), [("no/such/log", 1), ("", 2), (".", 2)])
 def test_a_log_that_cannot_be_written_is_told_at_the_start(
-    serve_pages: Serve, make_memory: MakeMemory, tmp_path: Path, where: str
+    serve_pages: Serve, make_memory: MakeMemory, tmp_path: Path, where: str, code: int
 ) -> None:
     server = serve_pages(make_memory(8), "--record", tmp_path / where, ready=False)
-    server.refused("record")
+    server.refused("record", code=code)
     assert server.stdout() == ""
 
 
