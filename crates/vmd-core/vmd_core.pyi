@@ -32,10 +32,11 @@ class Core:
     ) -> Core:
         """Take over three descriptors: userfaultfd (non-blocking), pidfd of the VMM, image.
 
-        ``pidfd`` is -1 when the VMM has gone already. ``regions``: (host address, size, image offset) in bytes, already checked. ``offsets``:
-        image offsets as native unsigned 64-bit integers, first-touch order. ``injections``: (op,
-        outcome, count, after, errno), see `vmd.pages.contract.Injection`. Raises ValueError or
-        OSError, and then the descriptors stay with the caller.
+        ``pidfd`` is -1 when the VMM has gone already. ``regions``: (host address, size, image
+        offset) in bytes, already checked. ``offsets``: image offsets as native unsigned 64-bit
+        integers, first-touch order. ``injections``: (op, outcome, count, after, errno), see
+        `vmd.pages.contract.Injection`. Raises ValueError or OSError, and then the descriptors
+        stay with the caller.
         """
 
     def start(self) -> None:

@@ -75,8 +75,9 @@ class ReferenceCore:
 
     def start(self) -> None:
         """Begin to serve. Call once."""
-        self._thread = threading.Thread(target=self._run, name="vmd-faults", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="vmd-faults", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: join() waits for one that runs
 
     def stop(self) -> None:
         """Ask it to end. Returns at once; idempotent; from any thread."""
