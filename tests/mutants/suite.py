@@ -99,10 +99,10 @@ def _follow(process: subprocess.Popen[bytes], report: Path) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes], report: Path) -> None:
-    """Kill the whole group and remove what its run directories hold."""
+    """Kill the whole group and remove its directories."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for root in {line["run_root"] for line in _lines(report) if "run_root" in line}:
+    for root in {root for line in _lines(report) for root in line.get("roots", ())}:
         shutil.rmtree(root, ignore_errors=True)
 
 

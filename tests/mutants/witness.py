@@ -33,7 +33,8 @@ class Witness:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> None:
-        self._say(started=item.nodeid, run_root=str(Path(os.environ["VMD_RUN_DIR"]).parent))
+        roots = [str(Path(os.environ[name]).parent) for name in ("VMD_RUN_DIR", "VMD_STATE_DIR")]
+        self._say(started=item.nodeid, roots=roots)
 
     def pytest_sessionfinish(self) -> None:
         self._check()
