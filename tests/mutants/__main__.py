@@ -18,9 +18,9 @@ from .table import MUTANTS, Mutant
 
 def main() -> int:
     """0 when the core as it is passes and every mutant is killed."""
-    started = time.monotonic()
+    chosen, started = _chosen(), time.monotonic()
     try:
-        survivors = _hunt_all(_chosen())
+        survivors = _hunt_all(chosen)
     except (StaleTableError, BuildError, SuiteError) as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return 1

@@ -39,7 +39,7 @@ MUTANTS = [
     # which bytes
     Mutant("wrong-offset", "a region's place in the image is taken for 0", "regions.rs",
            "self.ordered[at].offset + (page", "(page", "content"),
-    _faults("stale-byte", "the last byte of a demand page is the one of the page before",
+    _faults("stale-byte", "the first byte of a demand page is the one of the page before",
             "read_now(&mut self.buffer, offset)", "read_now(&mut self.buffer[1..], offset + 1)", "content"),
     Mutant("stale-byte-cold", "the first byte of a demand page that comes from storage is zero", "cold.rs",
            "let mut result = self.image.read(&mut bytes, offset);",
