@@ -116,11 +116,7 @@ def test_removed_while_storage_is_asked_for_it(serve: Serve, make_image: MakeIma
     assert (counters.demand, counters.zero) == (1, 2 if beside else 1)
 
 
-def test_an_answer_that_nobody_waits_for_any_more_costs_nothing(
-    serve: Serve, make_image: MakeImage, core: str, request: pytest.FixtureRequest
-) -> None:
-    if core == "native":  # turn() takes answers only while somebody waits for one; the eventfd stays set
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the fault thread spins until the next cold fault"))
+def test_an_answer_that_nobody_waits_for_any_more_costs_nothing(serve: Serve, make_image: MakeImage) -> None:
     image = make_image(64)
     with ExitStack() as stack:
         served, held = serve_held(serve, image, 40, stack)

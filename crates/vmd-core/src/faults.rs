@@ -65,7 +65,7 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
 
 impl FaultThread<'_> {
     fn turn(&mut self) -> Result<(), Ended> {
-        self.wait()?;
+        let storage_answered = self.wait()?;
         let vm = self.vm;
         let _gate = vm.gate.enter_for_demand();
         self.drain()?;
@@ -75,6 +75,8 @@ impl FaultThread<'_> {
         self.faults.clear();
         if !self.reading.is_empty() {
             self.release_known();
+        }
+        if storage_answered {
             self.take_cold()?;
         }
         if !self.parked.is_empty() {
@@ -83,8 +85,9 @@ impl FaultThread<'_> {
         self.watch_oldest()
     }
 
-    /// Sleep until there is something to do: a message, a parked fault's time, stop or exit.
-    fn wait(&self) -> Result<(), Ended> {
+    /// Sleep until there is something to do: a message, a parked fault's time, stop or exit; or,
+    /// then it is true, an answer of storage.
+    fn wait(&self) -> Result<bool, Ended> {
         if self.vm.process.0.is_none() {
             return Err(Ended::Gone);
         }
@@ -106,9 +109,9 @@ impl FaultThread<'_> {
         }
         if fds[0].revents & libc::POLLERR != 0 {
             // poll says so of a userfaultfd in blocking mode: the flag is shared with the VMM.
-            return self.make_nonblocking();
+            self.make_nonblocking()?;
         }
-        Ok(())
+        Ok(fds[3].revents != 0)
     }
 
     fn make_nonblocking(&self) -> Result<(), Ended> {

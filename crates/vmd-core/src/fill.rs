@@ -9,7 +9,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
@@ -28,6 +28,14 @@ const FIRST_CHUNK: usize = 32 << 10;
 const CHUNK_RUNS_MAX: usize = 64;
 /// Most bytes that one entry of the gate installs: what a demand fault may have to wait for.
 const PIECE: usize = 64 << 10;
+/// The same after so many pieces without any fault: the first fault after a calm may wait a
+/// little longer, those that follow do not, and bulk installs cost less.
+const CALM_PIECE: usize = 256 << 10;
+const CALM_AFTER: u32 = 16;
+/// After so many pieces the installer gives its CPU up for a moment. The VMM, which is loading
+/// the snapshot meanwhile, waits for RCU grace periods; on a kernel without preemption a CPU that
+/// is never rescheduled holds each of them up until the next tick.
+const YIELD_EVERY: u32 = 32;
 /// A refused install (a REMOVE is pending) is retried this often, this far apart; then the page
 /// is left to demand.
 const REFUSED_TRIES: u32 = 50;
@@ -44,6 +52,7 @@ struct Chunk {
 /// Reads on this thread for as long as the page cache has what is needed.
 pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
     let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
+    let mut pace = Pace::default();
     let cold = loop {
         let Some(run) = runs.next() else { break None };
         if is_served(vm, &run) {
@@ -53,7 +62,7 @@ pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, coun
         if !(run.hole || vm.image.read_now(bytes, vm.regions.offset(run.pages.start))) {
             break Some(run);
         }
-        if !install_run(vm, run, bytes, counter) {
+        if !install_run(vm, run, bytes, counter, &mut pace) {
             return Ok(false);
         }
     };
@@ -145,11 +154,36 @@ fn readable(vm: &Vm, run: Run, bytes: &mut [u8]) -> Vec<(Run, usize)> {
 
 // ---- the installer -------------------------------------------------------------------------
 
+/// How large a piece may be, and when to give way.
+#[derive(Default)]
+struct Pace {
+    faults: u64,
+    calm: u32,
+    pieces: u32,
+}
+
+impl Pace {
+    fn piece_bytes(&mut self, vm: &Vm) -> usize {
+        let faults = vm.stats().counters.faults.load(Ordering::Relaxed);
+        self.calm = if faults == self.faults { self.calm.saturating_add(1) } else { 0 };
+        self.faults = faults;
+        if self.calm < CALM_AFTER { PIECE } else { CALM_PIECE }
+    }
+
+    fn give_way(&mut self) {
+        self.pieces = self.pieces.wrapping_add(1);
+        if self.pieces % YIELD_EVERY == 0 {
+            std::thread::yield_now();
+        }
+    }
+}
+
 fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: &AtomicU64) -> bool {
     let mut whole = true;
+    let mut pace = Pace::default();
     for mut chunk in full {
         let bytes = chunk.buffer.bytes();
-        whole = chunk.runs.drain(..).all(|(run, at)| install_run(vm, run, &bytes[at..], counter));
+        whole = chunk.runs.drain(..).all(|(run, at)| install_run(vm, run, &bytes[at..], counter, &mut pace));
         if !whole {
             break;
         }
@@ -161,9 +195,9 @@ fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: &
 }
 
 /// Install the absent pages of a run. False: the filler must end.
-fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64) -> bool {
+fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64, pace: &mut Pace) -> bool {
     let page_size = vm.regions.page_size as usize;
-    let mut piece_max = if run.hole { vm.zero_run_max() } else { (PIECE / page_size).max(1) };
+    let mut by_page = false;
     let counter = if run.hole { &vm.stats().counters.zero } else { counter };
     let mut at = run.pages.start;
     let mut refused = 0;
@@ -171,6 +205,11 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64) -> bool {
         if vm.is_ending() {
             return false;
         }
+        let piece_max = match (by_page, run.hole) {
+            (true, _) => 1,
+            (_, true) => vm.zero_run_max(),
+            _ => (pace.piece_bytes(vm) / page_size).max(1),
+        };
         let limit = run.pages.end.min(at + piece_max);
         let gate = vm.gate.enter_behind_demand();
         let piece = absent_run(vm, at..limit);
@@ -185,10 +224,11 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64) -> bool {
         };
         let done = note(vm, &piece, outcome, counter);
         drop(gate);
+        pace.give_way();
         match outcome {
             Outcome::Done | Outcome::Partial(_) => refused = 0,
             Outcome::Present => {}
-            Outcome::Edge => piece_max = 1, // part of it is not registered (any more): page by page
+            Outcome::Edge => by_page = true, // part of it is not registered (any more): page by page
             Outcome::Later if refused < REFUSED_TRIES => {
                 refused += 1;
                 std::thread::sleep(REFUSED_WAIT);

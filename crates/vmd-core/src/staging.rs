@@ -1,13 +1,12 @@
 //! Staging buffers: where the reader puts page contents and the installer takes them from.
 //!
 //! A fresh buffer costs a page fault for each page of it, 10-20 ms for 24 MiB; so they are
-//! faulted in when made, small enough to stay in a CPU's cache, and those of 4 KiB guests are kept
-//! for the next VM.
+//! faulted in when made, and those of 4 KiB guests are kept for the next VM.
 
 use std::sync::Mutex;
 
-/// 64 runs of 4 KiB pages; a 2 MiB page has buffers of its own size.
-pub const SIZE: usize = 256 << 10;
+/// From here on larger reads do not get cheaper; a 2 MiB page has buffers of its own size.
+pub const SIZE: usize = 1 << 20;
 const KEPT_MAX: usize = 16;
 
 static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
