@@ -64,7 +64,7 @@ MUTANTS = [
             "Outcome::Later | Outcome::Partial(_) => return Ok(Progress::Refused),",
             "Outcome::Later | Outcome::Partial(_) => {}", "outcomes"),
     _faults("never-retried", "a parked fault has no timer",
-            "if idle { std::ptr::null() }", "if idle || true { std::ptr::null() }", "outcomes"),
+            "(false, _) => Some(self.retry_after),", "(false, _) => None,", "outcomes"),
     _demand("wake-forgotten", "who waits for a page that is there (EEXIST) is not woken",
             "self.uffd.wake(address, self.regions.page_size);", "", "outcomes"),
     _faults("overdue-ignored", "a fault may wait for ever",
@@ -117,9 +117,9 @@ MUTANTS = [
 
     # the end
     _faults("stop-ignored", "stop is not heard",
-            "if fds[1].revents != 0 {", "if fds[1].revents != 0 && fds[2].revents != 0 {", "life"),
+            "if ready.stop {", "if ready.stop && ready.exit {", "life"),
     _faults("exit-ignored", "the VMM's exit is not heard",
-            "if fds[2].revents != 0 {", "if fds[2].revents != 0 && fds[1].revents != 0 {", "life"),
+            "if ready.exit {", "if ready.exit && ready.stop {", "life"),
     Mutant("unserved-lives", "a VM that cannot be served is left hanging", "core.rs",
            "vm.process.kill();", "", "outcomes"),
     Mutant("leaked-uffd", "a copy of the userfaultfd stays open", "uffd.rs",

@@ -15,6 +15,7 @@ use crate::demand::{Ended, Progress, failed};
 use crate::states::State;
 use crate::stats::add;
 use crate::vm::Vm;
+use crate::wait::{Source, Waiter};
 
 const MESSAGES_PER_READ: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_micros(100);
@@ -31,6 +32,7 @@ struct Fault {
 
 struct FaultThread<'a> {
     vm: &'a Vm,
+    waiter: Waiter,
     buffer: Vec<u8>,
     messages: [Message; MESSAGES_PER_READ],
     faults: Vec<Fault>,
@@ -44,8 +46,16 @@ struct FaultThread<'a> {
 
 /// Serve until the VMM is gone, the owner stops it, or it cannot go on.
 pub fn serve(vm: &Vm, record: bool) -> Ended {
+    if vm.process.0.is_none() {
+        return Ended::Gone;
+    }
+    let waiter = match watch(vm) {
+        Ok(waiter) => waiter,
+        Err(error) => return failed("epoll", &error),
+    };
     let mut thread = FaultThread {
         vm,
+        waiter,
         buffer: vec![0; vm.regions.page_size as usize],
         messages: [Message::default(); MESSAGES_PER_READ],
         faults: Vec::with_capacity(MESSAGES_PER_READ),
@@ -61,6 +71,14 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
             return ended;
         }
     }
+}
+
+fn watch(vm: &Vm) -> io::Result<Waiter> {
+    let waiter = Waiter::new()?;
+    waiter.add(vm.uffd.raw(), Source::Uffd)?;
+    waiter.add(vm.outside.stop.raw(), Source::Stop)?;
+    waiter.add(vm.process.raw(), Source::Process)?;
+    Ok(waiter)
 }
 
 impl FaultThread<'_> {
@@ -88,30 +106,21 @@ impl FaultThread<'_> {
     /// Sleep until there is something to do: a message, a parked fault's time, stop or exit; or,
     /// then it is true, an answer of storage.
     fn wait(&self) -> Result<bool, Ended> {
-        if self.vm.process.0.is_none() {
+        let ready = self.waiter.wait(match (self.parked.is_empty(), self.reading.is_empty()) {
+            (false, _) => Some(self.retry_after),
+            (true, false) => Some(COLD_LOOK),
+            (true, true) => None,
+        });
+        if ready.exit {
             return Err(Ended::Gone);
         }
-        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let cold = self.cold.as_ref().map_or(-1, ColdReads::raw);
-        let mut fds = [self.vm.uffd.raw(), self.vm.outside.stop.raw(), self.vm.process.raw(), cold].map(entry);
-        let wait = if self.parked.is_empty() { COLD_LOOK } else { self.retry_after };
-        let timeout = libc::timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
-        let idle = self.parked.is_empty() && self.reading.is_empty();
-        let timeout = if idle { std::ptr::null() } else { &raw const timeout };
-        // SAFETY: valid pollfds, a null or valid timeout, no signal mask. Whatever it returns (a
-        // time-out and EINTR included), `revents` says what there is to do.
-        unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout, std::ptr::null()) };
-        if fds[2].revents != 0 {
-            return Err(Ended::Gone);
-        }
-        if fds[1].revents != 0 {
+        if ready.stop {
             return Err(Ended::Stopped);
         }
-        if fds[0].revents & libc::POLLERR != 0 {
-            // poll says so of a userfaultfd in blocking mode: the flag is shared with the VMM.
-            self.make_nonblocking()?;
+        if ready.blocking {
+            self.make_nonblocking()?; // the flag is shared with the VMM
         }
-        Ok(fds[3].revents != 0)
+        Ok(ready.storage)
     }
 
     fn make_nonblocking(&self) -> Result<(), Ended> {
@@ -293,7 +302,9 @@ impl FaultThread<'_> {
         if self.cold.is_none() {
             let (image, outside) = (Arc::clone(&self.vm.image), Arc::clone(&self.vm.outside));
             let (page_size, tries) = (self.vm.regions.page_size as usize, self.vm.limits.image_read_tries);
-            self.cold = Some(ColdReads::new(image, outside, page_size, tries)?);
+            let cold = ColdReads::new(image, outside, page_size, tries)?;
+            self.waiter.add(cold.raw(), Source::Storage)?;
+            self.cold = Some(cold);
         }
         Ok(self.cold.as_mut().expect("made above"))
     }

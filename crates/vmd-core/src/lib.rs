@@ -11,6 +11,7 @@
 //! | `image` | the memory file: pread, and holes that are known zeros |
 //! | `stats` | counters, latency histogram and CPU time, readable while serving |
 //! | `vm` | one VM: all of the above, and the gate between the fault thread and the filler |
+//! | `wait` | what the fault thread sleeps on |
 //! | `cold` | demand pages that storage has to be waited for |
 //! | `demand` | installing one page, and what each outcome means |
 //! | `faults` | the fault thread: drain, apply REMOVE, install, park |
@@ -34,3 +35,4 @@ mod states;
 mod stats;
 mod uffd;
 mod vm;
+mod wait;
