@@ -12,28 +12,13 @@ from typing import Any
 import pytest
 
 from tests.fakes.vmm import FakeVmm, Span
-from tests.system.pages_serve.command import MakeMemory, MakeVmm, PageServer, Serve
+from tests.system.pages_serve.command import PAIR_PAGES as PAGES
+from tests.system.pages_serve.command import MakeMemory, MakeVmm, PageServer, Serve, serves
 
 pytest_plugins = ["tests.system.pages_serve.fixtures"]
 pytestmark = pytest.mark.needs_uffd
 
 Body = list[dict[str, Any]]
-PAGES = 8
-
-
-@pytest.fixture
-def pair(serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm) -> tuple[PageServer, FakeVmm]:
-    """A page server that waits, and a VMM with one region over its whole memory file."""
-    memory = make_memory(PAGES)
-    return serve_pages(memory), make_vmm(memory)
-
-
-def serves(server: PageServer, vmm: FakeVmm, pages: int = PAGES) -> None:
-    """The VM has its memory; the server ends well with it, without a word."""
-    assert vmm.verdicts() == ["image"] * pages
-    vmm.kill()
-    server.ends(0)
-    assert (server.stdout(), server.stderr()) == ("ready\n", "")
 
 
 # --- good ones -------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from tests.fakes.vmm import FakeVmm, eventually
 
 VMD = str(Path(sys.prefix, "bin", "vmd"))
 WAIT_SECONDS = 20.0
+PAIR_PAGES = 8
+"""Pages of the memory file of the fixture ``pair``."""
 
 MakeMemory = Callable[..., Path]
 MakeVmm = Callable[..., FakeVmm]
@@ -149,3 +151,11 @@ def installed(stats: Mapping[str, Any]) -> int:
     """The pages that the statistics say are resident."""
     total: int = stats["demand"] + stats["replayed"] + stats["prefetched"] + stats["zero"] - stats["removed"]
     return total
+
+
+def serves(server: PageServer, vmm: FakeVmm, pages: int = PAIR_PAGES) -> None:
+    """The VM has its memory; the server ends well with it, without a word."""
+    assert vmm.verdicts() == ["image"] * pages
+    vmm.kill()
+    server.ends(0)
+    assert (server.stdout(), server.stderr()) == ("ready\n", "")

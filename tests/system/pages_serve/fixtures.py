@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.vmm import FakeVmm, Span
-from tests.system.pages_serve.command import MakeMemory, MakeVmm, PageServer, Serve
+from tests.system.pages_serve.command import PAIR_PAGES, MakeMemory, MakeVmm, PageServer, Serve
 from tests.system.pages_serve.machine import Frozen, MakeThawed, Thawed, freeze
 from tests.system.pages_serve.pages import PAGE
 
@@ -87,3 +87,10 @@ def make_thawed(tmp_path: Path) -> Iterator[MakeThawed]:
             return vmm
 
         yield make
+
+
+@pytest.fixture
+def pair(serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm) -> tuple[PageServer, FakeVmm]:
+    """A page server that waits, and a VMM with one region over its whole memory file."""
+    memory = make_memory(PAIR_PAGES)
+    return serve_pages(memory), make_vmm(memory)
