@@ -1,5 +1,6 @@
-"""The native page server of vmd. `vmd.pages.native` is its only caller."""
+"""The native page server of vmd. `vmd.pages` is its only caller."""
 
+from os import PathLike
 from typing import Literal, final
 
 VERSION: str
@@ -7,6 +8,8 @@ VERSION: str
 
 PROFILE: str
 """``release`` or ``debug``; benches refuse to measure a debug build."""
+
+_Seam = tuple[list[tuple[str, str, int, int, int]], tuple[str, int, bool] | None]
 
 @final
 class Core:
@@ -17,26 +20,33 @@ class Core:
         *,
         uffd: int,
         pidfd: int,
+        vmm_pid: int,
         image: int,
+        image_path: str,
+        journal: int,
         regions: list[tuple[int, int, int]],
         page_size: int,
         beside: Literal["nothing", "record", "replay", "sequential"] | str,
         offsets: bytes,
         prefetch_bytes_max: int,
-        fault_unserved_seconds: float,
-        exit_wait_seconds: float,
-        image_read_tries: int,
-        poison_lines_max: int,
-        memory_floor_percent: int,
-        injections: list[tuple[str, str, int, int, int]],
+        limits: dict[str, float],
+        seam: _Seam,
     ) -> Core:
-        """Take over three descriptors: userfaultfd (non-blocking), pidfd of the VMM, image.
+        """Serve through copies of the descriptors given: userfaultfd (non-blocking), pidfd of the VMM, image, journal.
 
-        ``pidfd`` is -1 when the VMM has gone already. ``regions``: (host address, size, image
-        offset) in bytes, already checked. ``offsets``: image offsets as native unsigned 64-bit
-        integers, first-touch order. ``injections``: (op, outcome, count, after, errno), see
-        `vmd.pages.contract.Injection`. Raises ValueError or OSError, and then the descriptors
-        stay with the caller.
+        ``pidfd`` is -1 when the VMM has gone already, ``journal`` where there is none; else its file is
+        written anew. ``regions``: (host address, size, image offset) in bytes, already checked.
+        ``offsets``: image offsets as native unsigned 64-bit integers, first-touch order. ``limits``: see
+        `vmd.pages.native.core_limits`. ``seam``, for tests: (op, outcome, count, after, errno) of each
+        `vmd.pages.contract.Injection`, and (point, after, real) of a `vmd.pages.contract.Death`. Raises
+        ValueError or OSError.
+        """
+
+    @staticmethod
+    def adopt(*, journal: str | PathLike[str], vmm_pid: int, limits: dict[str, float], seam: _Seam) -> Core | None:
+        """Go on with the VM of this journal, which must be that of process ``vmm_pid``; None when that has exited.
+
+        Raises ValueError with what was expected and what came, before anything is changed, or OSError.
         """
 
     def start(self) -> None:
@@ -45,8 +55,11 @@ class Core:
     def stop(self) -> None:
         """Ask for the end. Returns at once; idempotent."""
 
+    def kill(self) -> None:
+        """For tests: stop dead, as if the process were killed. Returns at once."""
+
     def join(self) -> tuple[str, str | None]:
-        """Wait for the end, without the GIL: ("gone" | "stopped" | "failed", why it failed).
+        """Wait for the end, without the GIL: ("gone" | "stopped" | "failed" | "died", why it failed).
 
         The descriptors are closed by then; only the image stays open while a read of it does not
         return. Idempotent.
@@ -56,6 +69,12 @@ class Core:
     def ended_fd(self) -> int:
         """An eventfd that is readable from the end on; owned by this object."""
 
+    def vm(self) -> tuple[int, int, int, int]:
+        """The VMM's pid, page size, bytes of the guest, number of regions."""
+
+    def pidfd(self) -> int:
+        """A new pidfd of the VMM, for the caller to close; -1 when there is none, or serving has begun."""
+
     def counters(self) -> dict[str, int | float | bool | None]:
         """The fields of `vmd.pages.contract.Counters`, at any time."""
 
@@ -64,3 +83,15 @@ class Core:
 
     def warnings(self) -> list[str]:
         """Take the lines that have gathered."""
+
+def write_waiting_journal(journal: int, image: int, image_path: str) -> None:
+    """Write, into the file of this descriptor, a journal that waits for its VMM. Raises OSError."""
+
+def read_journal(journal: int) -> dict[str, int | float | bool | bytes | str | None]:
+    """What the journal in the file of this descriptor says, while it is served too.
+
+    The fields of `vmd.pages.contract.Counters`, and ``vmm_pid``, ``vmm_start`` (clock ticks),
+    ``page_size``, ``guest_bytes``, ``regions`` (number), ``image`` (path, bytes), ``server_pid``,
+    ``ended`` (0 not, 1 gone, 2 stopped, 3 failed), ``incident`` (the last, or None). Raises
+    ValueError for what is no journal, or none with a VM, and OSError.
+    """

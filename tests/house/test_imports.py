@@ -15,8 +15,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"errors", "limits", "states"},
-            {"settings", "store"},
-            {"guest", "host", "pager", "pages", "recording", "slots", "snapshot", "vmm", "workingset"},
+            {"host", "settings", "store"},
+            {"guest", "pager", "pages", "recording", "slots", "snapshot", "vmm", "workingset"},
             {"backend"},
             {"restore"},
             {"template"},

@@ -75,22 +75,49 @@ MUTANTS = [
             "abi::EVENT_REMOVE | abi::EVENT_UNMAP =>", "abi::EVENT_REMOVE => {}\n            abi::EVENT_UNMAP =>",
             "removed"),
     _demand("removed-not-sticky", "a fault on a removed page gets the snapshot's bytes",
-            "self.states.get(page) == State::Absent &&",
-            "matches!(self.states.get(page), State::Absent | State::Removed) &&", "removed"),
+            "self.states().get(page) == State::Absent &&",
+            "matches!(self.states().get(page), State::Absent | State::Removed) &&", "removed"),
     _faults("removed-while-read", "a page that was removed while storage was asked for it gets the snapshot's bytes",
             "if !self.vm.needs_image(read.page) {", "if false {", "cold"),
     _faults("released-never", "who waits for a page that was removed while storage was asked for it waits for ever",
             "if self.vm.needs_image(fault.page) {\n", "if true {\n", "cold"),
     _fill("removed-refilled", "the filler fills pages that were removed",
-          "vm.states.get(*page) == State::Absent;", "vm.states.get(*page) != State::Installed;", "removed"),
+          "vm.states().get(*page) == State::Absent;", "vm.states().get(*page) != State::Installed;", "removed"),
     _fill("gate-open-filler", "the filler checks and installs outside the gate",
           "let gate = vm.gate.enter_behind_demand();", "let gate = ();", "gate"),
     _faults("gate-open-faults", "REMOVEs are read and applied outside the gate",
-            "let _gate = vm.gate.enter_for_demand();", "drop(vm.gate.enter_for_demand());", "gate"),
+            "let _gate = vm.enter_for_demand();", "drop(vm.enter_for_demand());", "gate"),
     _faults("faults-first", "a fault is served as soon as it is read, REMOVEs behind it or not",
             "self.faults.push(Fault { page, read_at, refused: false });",
             "self.faults.push(Fault { page, read_at, refused: false });\n"
             "self.serve_fault(self.faults.len() - 1)?;\nself.faults.pop();", "gate"),
+
+    # killed, and taken over
+    _faults("remove-lost", "messages are read into private memory, and into the journal's ring only then",
+            "        let count = unsafe { self.vm.uffd.read(self.vm.outside.journal.ring(), SLOTS)? };\n"
+            "        if count > 0 {\n            self.vm.pass(Point::Read);\n        }\n",
+            "        let mut private = [Message::default(); SLOTS];\n"
+            "        let count = unsafe { self.vm.uffd.read(private.as_mut_ptr(), SLOTS)? };\n"
+            "        if count > 0 {\n            self.vm.pass(Point::Read);\n        }\n"
+            "        unsafe { self.vm.outside.journal.ring().copy_from_nonoverlapping(private.as_ptr(), count) };\n",
+            "takeover"),
+    _faults("cleared-before-applied", "the ring is cleared before its messages are applied",
+            "            let read_at = Instant::now();\n            for",
+            "            let read_at = Instant::now();\n            let all: Vec<Message> = (0..count).map(|at| "
+            "journal.slot(at)).collect();\n            journal.clear(count);\n            if count > 0 {\n"
+            "                self.vm.pass(Point::Apply);\n            }\n"
+            "            for (at, message) in all.into_iter().enumerate() {\n"
+            "                unsafe { journal.ring().add(at).write(message) };\n            }\n            for", "takeover"),
+    Mutant("ring-ignored", "a take-over does not apply what is in the ring", "takeover.rs",
+           "matches!(message.event, abi::EVENT_REMOVE | abi::EVENT_UNMAP)", "message.event == abi::EVENT_FORK", "takeover"),
+    Mutant("waiters-forgotten", "a take-over wakes nobody", "takeover.rs",
+           "self.uffd.wake(region.base, region.size);", "std::hint::black_box(region);", "takeover"),
+    Mutant("unfinished-forgotten", "a page that was installed and not noted is never counted", "takeover.rs",
+           "self.finish(&unfinished);", "drop(unfinished);", "takeover"),
+    Mutant("noted-first", "a page is noted as installed before it is", "vm.rs",
+           "        let (done, result) = install();\n        self.pass(installed);",
+           "        pages.clone().for_each(|page| drop(self.states().set(page, State::Installed)));\n"
+           "        self.pass(installed);\n        let (done, result) = install();", "takeover"),
 
     # the plan
     Mutant("unrecorded-replayed", "replay adds the page behind each run", "plan.rs",
@@ -110,7 +137,7 @@ MUTANTS = [
     _faults("record-duplicates", "a page is recorded each time that it is faulted on",
             "replace(&mut self.seen[page], true)", "replace(&mut self.seen[page], false)", "record"),
     _demand("counted-twice", "a page that was there already is counted as installed once more",
-            "Outcome::Present => {", "Outcome::Present => {\n                count(self);", "outcomes"),
+            "Outcome::Present => {", "Outcome::Present => {\n                add(&self.counters().demand, 1);", "outcomes"),
     _faults("latency-lost", "the latency of a fault that had to wait is not recorded",
             "Progress::Served => self.vm",
             "Progress::Served if fault.refused => {}\nProgress::Served => self.vm", "latency"),

@@ -238,7 +238,7 @@ def test_of_many_that_start_at_once_one_gets_the_socket(
         ("--accept-timeout", "soon"),
         ("--accept-timeout", "nan"),
         ("--no-such-option",),
-        ("--journal", "journal"),
+        ("--journal", "log", "--stats", "log"),
     ],
 )
 def test_usage_errors(serve_pages: Serve, make_memory: MakeMemory, options: tuple[str, ...]) -> None:
@@ -255,12 +255,17 @@ def test_socket_and_memory_must_be_given(given: list[str]) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_adopt_is_refused() -> None:
+def test_adopt_without_a_journal() -> None:
     words = [VMD, "pages", "adopt", "--pid", "1", "--journal", "/nowhere/j"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("vmd: error: ")
-    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "vmd: error: adopt: journal /nowhere/j: No such file or directory\n"
+
+
+def test_journal_needs_the_native_core(serve_pages: Serve, make_memory: MakeMemory, tmp_path: Path) -> None:
+    server = serve_pages(make_memory(1), "--journal", str(tmp_path / "j"), core="reference", ready=False)
+    server.refused("native core", code=2)
+    assert not (tmp_path / "j").exists()
 
 
 def test_help_names_every_option() -> None:

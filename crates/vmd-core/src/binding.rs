@@ -1,143 +1,189 @@
 //! The Python class: configuration in, counters out. No page passes through here.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::core::{Beside, Core};
+use crate::adopt;
+use crate::arguments::{PyLimits, PySeam, parse_beside};
+use crate::body::Body;
+use crate::core::{Core, Parts};
 use crate::demand::Ended;
-use crate::image::Image;
-use crate::regions::{Region, Regions};
-use crate::states::States;
-use crate::stats::Stats;
-use crate::uffd::{Injection, Op, Outcome, Uffd};
-use crate::vm::{EventFd, Gate, Limits, Outside, Process, Vm};
+use crate::host;
+use crate::journal::{self, Journal};
+use crate::regions::Region;
+use crate::stats::Counters;
 
 /// See `vmd_core.pyi`, which is the manual.
 #[pyclass(frozen, name = "Core", module = "vmd_core")]
-struct PyCore(Core);
+struct PyCore {
+    core: Core,
+    vmm_pid: u32,
+    page_size: u64,
+    guest_bytes: u64,
+    regions: usize,
+}
 
 #[pymethods]
 impl PyCore {
     #[new]
-    #[pyo3(signature = (*, uffd, pidfd, image, regions, page_size, beside, offsets, prefetch_bytes_max,
-                        fault_unserved_seconds, exit_wait_seconds, image_read_tries, poison_lines_max, memory_floor_percent, injections))]
+    #[pyo3(signature = (*, uffd, pidfd, vmm_pid, image, image_path, journal, regions, page_size, beside, offsets,
+                        prefetch_bytes_max, limits, seam))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         py: Python<'_>,
         uffd: RawFd,
         pidfd: RawFd,
+        vmm_pid: u32,
         image: RawFd,
+        image_path: OsString,
+        journal: RawFd,
         regions: Vec<(u64, u64, u64)>,
         page_size: u64,
         beside: &str,
         offsets: &[u8],
         prefetch_bytes_max: u64,
-        fault_unserved_seconds: f64,
-        exit_wait_seconds: f64,
-        image_read_tries: u32,
-        poison_lines_max: u64,
-        memory_floor_percent: u64,
-        injections: Vec<(String, String, u32, u32, i32)>,
+        limits: PyLimits,
+        seam: PySeam,
     ) -> PyResult<Self> {
-        let beside = parse_beside(beside, offsets, prefetch_bytes_max)?;
-        let injections = injections.into_iter().map(parse_injection).collect::<PyResult<_>>()?;
-        let regions: Vec<_> = regions.into_iter().map(|(base, size, offset)| Region { base, size, offset }).collect();
-        let regions = Regions::new(regions, page_size);
-        let outside = Outside {
-            stats: Stats::default(),
-            warnings: Mutex::default(),
-            touched: Mutex::default(),
-            stop: EventFd::new()?,
-            ended: EventFd::new()?,
-        };
-        let limits = Limits {
-            fault_unserved: Duration::from_secs_f64(fault_unserved_seconds),
-            exit_wait: Duration::from_secs_f64(exit_wait_seconds),
-            image_read_tries,
-            poison_lines_max,
-            memory_floor_percent,
-        };
-        if uffd < 0 || image < 0 {
-            return Err(PyValueError::new_err("uffd and image must be descriptors"));
-        }
-        // SAFETY: the caller gives these descriptors away; from here on nothing fails.
-        let (uffd, image) = unsafe { (OwnedFd::from_raw_fd(uffd), OwnedFd::from_raw_fd(image)) };
-        // SAFETY: as above.
-        let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
-        // A file of many holes, or storage that does not answer, must not hold up other threads.
-        let (image, states) = py.detach(|| (Image::new(image), States::new(regions.pages())));
-        let vm = Vm {
-            uffd: Uffd::new(uffd, injections),
-            image: Arc::new(image),
-            states,
+        let (beside, seam) = (parse_beside(beside, offsets, prefetch_bytes_max)?, seam.parse()?);
+        let regions = regions.into_iter().map(|(base, size, offset)| Region { base, size, offset }).collect();
+        let image = File::from(copied(image)?);
+        let body = Body {
+            boot_id: host::boot_id()?,
+            vmm_pid,
+            vmm_start: host::start_ticks(vmm_pid).unwrap_or(0), // 0: it has gone already
+            page_size,
             regions,
-            gate: Gate::default(),
-            process: Process(pidfd),
-            limits,
-            ending: AtomicBool::new(false),
-            outside: Arc::new(outside),
+            beside,
+            image: adopt::image_id(&image, image_path.as_bytes())?,
         };
-        Ok(Self(Core::new(vm, beside)))
+        let journal = match journal {
+            -1 => Journal::private(&body)?,
+            fd => Journal::create(copied(fd)?.into(), &body)?,
+        };
+        let parts = Parts {
+            uffd: copied(uffd)?,
+            pidfd: (pidfd >= 0).then(|| copied(pidfd)).transpose()?,
+            image: image.into(),
+            journal,
+            body,
+            limits: limits.parse(),
+            taken_over: false,
+            seam,
+        };
+        Self::build(py, parts)
+    }
+
+    /// Go on with the VM of a journal.
+    #[staticmethod]
+    #[pyo3(signature = (*, journal, vmm_pid, limits, seam))]
+    fn adopt(py: Python<'_>, journal: PathBuf, vmm_pid: u32, limits: PyLimits, seam: PySeam) -> PyResult<Option<Self>> {
+        let found = py.detach(|| adopt::find(&journal, Some(vmm_pid))).map_err(PyValueError::new_err)?;
+        let parts = found.into_parts(limits.parse(), seam.parse()?)?;
+        parts.map(|parts| Self::build(py, parts)).transpose()
     }
 
     fn start(&self) -> PyResult<()> {
-        self.0.start().map_err(PyOSError::new_err)
+        self.core.start().map_err(PyOSError::new_err)
     }
 
     fn stop(&self) {
-        self.0.stop();
+        self.core.stop();
+    }
+
+    fn kill(&self) {
+        self.core.kill();
     }
 
     fn join(&self, py: Python<'_>) -> (&'static str, Option<String>) {
-        match py.detach(|| self.0.join()) {
+        match py.detach(|| self.core.join()) {
             Ended::Gone => ("gone", None),
             Ended::Stopped => ("stopped", None),
             Ended::Failed(why) => ("failed", Some(why)),
+            Ended::Died => ("died", None),
         }
     }
 
     #[getter]
     fn ended_fd(&self) -> RawFd {
-        self.0.outside.ended.raw()
+        self.core.outside.ended.raw()
+    }
+
+    /// (VMM's pid, page size, bytes of the guest, number of regions)
+    fn vm(&self) -> (u32, u64, u64, usize) {
+        (self.vmm_pid, self.page_size, self.guest_bytes, self.regions)
+    }
+
+    /// A new pidfd of the VMM, which the caller closes; -1 when it had gone before there was one.
+    fn pidfd(&self) -> RawFd {
+        self.core.pidfd().map_or(-1, IntoRawFd::into_raw_fd)
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = &self.0.outside.stats;
-        let dict = PyDict::new(py);
-        for (name, counter) in counters(stats) {
-            dict.set_item(name, counter.load(Relaxed))?;
-        }
-        let (count, [p50, p99]) = stats.latency.read([0.5, 0.99]);
-        let micros = |ns: f64| ns / 1000.0;
-        dict.set_item("fault_count", count)?;
-        dict.set_item("fault_p50_us", p50.map(micros))?;
-        dict.set_item("fault_p99_us", p99.map(micros))?;
-        dict.set_item("fault_max_us", (count > 0).then(|| micros(stats.latency.max_ns() as f64)))?;
-        dict.set_item("oldest_unserved_us", stats.oldest_age().map(|age| age.as_micros() as u64))?;
-        dict.set_item("replay_done", stats.replay_done.load(Relaxed))?;
-        dict.set_item("cpu_us", stats.cpu.total().as_micros() as u64)?;
-        Ok(dict)
+        self.core.outside.cpu();
+        counters(py, &self.core.outside.journal)
     }
 
     fn touched<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        let touched = self.0.outside.touched.lock().unwrap();
+        let touched = self.core.outside.touched.lock().unwrap();
         let bytes: Vec<u8> = touched.iter().flat_map(|offset| offset.to_ne_bytes()).collect();
         PyBytes::new(py, &bytes)
     }
 
     fn warnings(&self) -> Vec<String> {
-        std::mem::take(&mut self.0.outside.warnings.lock().unwrap())
+        self.core.outside.take_warnings()
     }
 }
 
-fn counters(stats: &Stats) -> [(&'static str, &AtomicU64); 10] {
-    let counters = &stats.counters;
+impl PyCore {
+    /// A file of many holes, or storage that does not answer, must not hold up other Python threads.
+    fn build(py: Python<'_>, parts: Parts) -> PyResult<Self> {
+        let body = &parts.body;
+        let (vmm_pid, page_size, guest_bytes) = (body.vmm_pid, body.page_size, body.guest_bytes());
+        let regions = body.regions.len();
+        let core = py.detach(|| Core::new(parts))?;
+        Ok(Self { core, vmm_pid, page_size, guest_bytes, regions })
+    }
+}
+
+/// Our own copy of a descriptor that the caller keeps.
+fn copied(fd: RawFd) -> PyResult<OwnedFd> {
+    if fd < 0 {
+        return Err(PyValueError::new_err(format!("expected a descriptor, got {fd}")));
+    }
+    // SAFETY: the caller holds it open for as long as this call takes.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?)
+}
+
+fn counters<'py>(py: Python<'py>, journal: &Journal) -> PyResult<Bound<'py, PyDict>> {
+    let live = journal.live();
+    let dict = PyDict::new(py);
+    for (name, counter) in named(&live.counters) {
+        dict.set_item(name, counter.load(Relaxed))?;
+    }
+    let (count, [p50, p99]) = journal.latency().read([0.5, 0.99]);
+    let micros = |ns: f64| ns / 1000.0;
+    dict.set_item("fault_count", count)?;
+    dict.set_item("fault_p50_us", p50.map(micros))?;
+    dict.set_item("fault_p99_us", p99.map(micros))?;
+    dict.set_item("fault_max_us", (count > 0).then(|| micros(journal.latency().max_ns() as f64)))?;
+    dict.set_item("oldest_unserved_us", journal.oldest_age().map(|age| age.as_micros() as u64))?;
+    dict.set_item("replay_pages", live.replay_pages.load(Relaxed))?;
+    dict.set_item("replay_done", live.replay_done.load(Relaxed) != 0)?;
+    dict.set_item("takeovers", live.takeovers.load(Relaxed))?;
+    dict.set_item("cpu_us", live.cpu_ns.load(Relaxed) / 1000)?;
+    Ok(dict)
+}
+
+fn named(counters: &Counters) -> [(&'static str, &AtomicU64); 9] {
     [
         ("faults", &counters.faults),
         ("demand", &counters.demand),
@@ -148,48 +194,14 @@ fn counters(stats: &Stats) -> [(&'static str, &AtomicU64); 10] {
         ("poisoned", &counters.poisoned),
         ("present", &counters.present),
         ("parked", &counters.parked),
-        ("replay_pages", &stats.replay_pages),
     ]
-}
-
-fn parse_beside(word: &str, offsets: &[u8], bytes_max: u64) -> PyResult<Beside> {
-    let offsets = offsets.chunks_exact(size_of::<u64>());
-    match word {
-        "nothing" => Ok(Beside::Nothing),
-        "record" => Ok(Beside::Record),
-        "replay" => {
-            let value = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
-            Ok(Beside::Replay(offsets.map(value).collect()))
-        }
-        "sequential" => Ok(Beside::Sequential(bytes_max)),
-        _ => Err(PyValueError::new_err(format!("beside: expected nothing, record, replay or sequential, got {word}"))),
-    }
-}
-
-fn parse_injection((op, outcome, count, after, errno): (String, String, u32, u32, i32)) -> PyResult<Injection> {
-    let op = match op.as_str() {
-        "copy" => Op::Copy,
-        "zero" => Op::Zero,
-        "poison" => Op::Poison,
-        _ => return Err(PyValueError::new_err(format!("injection: expected copy, zero or poison, got {op}"))),
-    };
-    let outcome = match outcome.as_str() {
-        "present" => Outcome::Present,
-        "later" => Outcome::Later,
-        "edge" => Outcome::Edge,
-        "gone" => Outcome::Gone,
-        "fatal" => Outcome::Fatal(errno),
-        _ => return Err(PyValueError::new_err(format!("injection: {outcome} cannot be injected"))),
-    };
-    if count == 0 {
-        return Err(PyValueError::new_err("injection: count 0"));
-    }
-    Ok(Injection { op, outcome, count, after })
 }
 
 /// The native page server of vmd.
 #[pymodule(gil_used = false)]
 mod vmd_core {
+    use super::*;
+
     #[pymodule_export]
     use super::PyCore;
 
@@ -200,4 +212,33 @@ mod vmd_core {
     /// `release`, or `debug`, which no bench measures.
     #[pymodule_export]
     const PROFILE: &str = if cfg!(debug_assertions) { "debug" } else { "release" };
+
+    /// Write a journal that waits for its VMM.
+    #[pyfunction]
+    fn write_waiting_journal(journal: RawFd, image: RawFd, image_path: OsString) -> PyResult<()> {
+        let (journal, image) = (File::from(copied(journal)?), File::from(copied(image)?));
+        let image = adopt::image_id(&image, image_path.as_bytes())?;
+        let body = Body::waiting(host::boot_id()?, image);
+        Ok(journal::write(&journal, &body)?)
+    }
+
+    /// What a journal says, as `read_journal` of the stub has it.
+    #[pyfunction]
+    fn read_journal(py: Python<'_>, journal: RawFd) -> PyResult<Bound<'_, PyDict>> {
+        let file = File::from(copied(journal)?);
+        let body = journal::read(&file).map_err(|refusal| PyValueError::new_err(refusal.0))?;
+        let journal = Journal::look(file, &body)?;
+        let dict = counters(py, &journal)?;
+        let live = journal.live();
+        dict.set_item("vmm_pid", body.vmm_pid)?;
+        dict.set_item("vmm_start", body.vmm_start)?;
+        dict.set_item("page_size", body.page_size)?;
+        dict.set_item("guest_bytes", body.guest_bytes())?;
+        dict.set_item("regions", body.regions.len())?;
+        dict.set_item("image", PyBytes::new(py, &body.image.path))?;
+        dict.set_item("server_pid", live.server_pid.load(Relaxed))?;
+        dict.set_item("ended", live.ended.load(Relaxed))?;
+        dict.set_item("incident", Some(journal.incident()).filter(|text| !text.is_empty()))?;
+        Ok(dict)
+    }
 }

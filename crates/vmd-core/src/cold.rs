@@ -68,7 +68,7 @@ impl ColdReads {
         if outstanding > self.threads.len() && self.threads.len() < THREADS_MAX {
             let desk = Arc::clone(&self.desk);
             let thread = std::thread::Builder::new().name("vmd-cold".into()).stack_size(64 << 10);
-            match thread.spawn(move || desk.outside.stats.cpu.measure(|| desk.work())) {
+            match thread.spawn(move || desk.outside.cpu.measure(|| desk.work())) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) if self.threads.is_empty() => return Err(error),
                 Err(_) => {} // those that there are will read it

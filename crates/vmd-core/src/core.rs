@@ -1,27 +1,46 @@
 //! Starts and ends the threads of one VM.
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use crate::body::Body;
+use crate::death::Death;
 use crate::demand::Ended;
 use crate::faults;
 use crate::fill::{data_run_max, fill_from_cache, fill_reading_ahead};
-use crate::plan::{Runs, recorded, sequential};
-use crate::vm::{Outside, Vm};
+use crate::image::Image;
+use crate::journal::Journal;
+use crate::plan::{Beside, Runs, recorded, sequential};
+use crate::regions::Regions;
+use crate::stats::Counters;
+use crate::uffd::{Injection, Uffd};
+use crate::vm::{Gate, Limits, Outside, Process, Vm};
 
 /// Fault threads are many, one a VM, and shallow.
 const STACK_BYTES: usize = 128 << 10;
 
-/// What to do beside demand faults.
-pub enum Beside {
-    Nothing,
-    Record,
-    /// File offsets in first-touch order.
-    Replay(Vec<u64>),
-    /// At most so many bytes.
-    Sequential(u64),
+/// What a VM is served with.
+pub struct Parts {
+    pub uffd: OwnedFd,
+    /// None: the VMM had gone before a pidfd could be had.
+    pub pidfd: Option<OwnedFd>,
+    pub image: OwnedFd,
+    pub journal: Journal,
+    pub body: Body,
+    pub limits: Limits,
+    /// Another page server has served it before.
+    pub taken_over: bool,
+    pub seam: Seam,
+}
+
+/// What only tests ask for.
+#[derive(Default)]
+pub struct Seam {
+    pub injections: Vec<Injection>,
+    pub death: Option<Death>,
 }
 
 /// The threads of one VM.
@@ -37,9 +56,25 @@ enum Life {
 }
 
 impl Core {
-    pub fn new(vm: Vm, beside: Beside) -> Self {
-        let outside = Arc::clone(&vm.outside);
-        Self { outside, life: Mutex::new(Life::Ready(Box::new((vm, beside)))) }
+    pub fn new(parts: Parts) -> std::io::Result<Self> {
+        let outside = Arc::new(Outside::new(parts.journal)?);
+        let live = outside.journal.live();
+        live.server_pid.store(std::process::id().into(), Ordering::Relaxed);
+        live.takeovers.fetch_add(parts.taken_over.into(), Ordering::Relaxed);
+        live.ended.store(0, Ordering::Relaxed);
+        let vm = Vm {
+            uffd: Uffd::new(parts.uffd, parts.seam.injections),
+            image: Arc::new(Image::new(parts.image)),
+            regions: Regions::new(parts.body.regions, parts.body.page_size),
+            gate: Gate::default(),
+            process: Process { pidfd: parts.pidfd, pid: parts.body.vmm_pid },
+            limits: parts.limits,
+            ending: AtomicBool::new(false),
+            death: parts.seam.death,
+            taken_over: parts.taken_over,
+            outside: Arc::clone(&outside),
+        };
+        Ok(Self { outside, life: Mutex::new(Life::Ready(Box::new((vm, parts.body.beside)))) })
     }
 
     /// Begin to serve. A second call does nothing.
@@ -54,13 +89,27 @@ impl Core {
             let (vm, beside) = *ready;
             let outside = Arc::clone(&vm.outside);
             let ended = serve(&vm, beside);
-            drop(vm); // descriptors are closed before anybody hears of the end
+            drop(vm); // descriptors are closed, and the journal is free, before anybody hears of the end
+            outside.journal.unlock();
             outside.ended.set();
             ended
         };
         let thread = std::thread::Builder::new().name("vmd-faults".into()).stack_size(STACK_BYTES).spawn(run)?;
         *life = Life::Running(thread);
         Ok(())
+    }
+
+    /// A copy of the VMM's pidfd, until serving begins.
+    pub fn pidfd(&self) -> Option<OwnedFd> {
+        match &*self.life.lock().unwrap() {
+            Life::Ready(ready) => ready.0.process.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok()),
+            _ => None,
+        }
+    }
+
+    /// Stop dead; returns at once.
+    pub fn kill(&self) {
+        self.outside.kill();
     }
 
     /// Ask for the end; returns at once.
@@ -88,55 +137,79 @@ impl Core {
 /// Run the fault thread here and the filler beside it, until both have ended.
 fn serve(vm: &Vm, beside: Beside) -> Ended {
     let record = matches!(beside, Beside::Record);
-    std::thread::scope(|scope| {
-        if matches!(beside, Beside::Replay(_) | Beside::Sequential(_)) {
-            let filler = std::thread::Builder::new().name("vmd-install".into()).stack_size(STACK_BYTES);
-            if let Err(error) = filler.spawn_scoped(scope, || run_filler(vm, beside)) {
-                vm.warn(format!("no replay, no prefetch: {error}"));
+    let work = || {
+        if vm.taken_over {
+            vm.take_over();
+        }
+        std::thread::scope(|scope| {
+            if matches!(beside, Beside::Replay(_) | Beside::Sequential(_)) {
+                let filler = std::thread::Builder::new().name("vmd-install".into()).stack_size(STACK_BYTES);
+                if let Err(error) = filler.spawn_scoped(scope, || run_filler(vm, beside)) {
+                    vm.outside.warn(format!("no replay, no prefetch: {error}"));
+                }
             }
-        }
-        let serving = || catch_unwind(AssertUnwindSafe(|| faults::serve(vm, record)));
-        let ended = vm.stats().cpu.measure(serving);
-        let ended = ended.unwrap_or_else(|_| Ended::Failed("the fault thread panicked".into()));
-        vm.ending.store(true, Ordering::Relaxed);
-        if matches!(ended, Ended::Failed(_)) {
-            vm.process.kill(); // a VM that cannot be served must not hang
-        }
-        tell_lost_pages(vm);
-        ended
-    })
+            let ended = guard(vm, || faults::serve(vm, record));
+            vm.ending.store(true, Ordering::Relaxed);
+            ended
+        })
+    };
+    let ended = vm.outside.cpu.measure(|| guard(vm, work));
+    if ended != Ended::Died {
+        conclude(vm, &ended);
+    }
+    ended
+}
+
+fn conclude(vm: &Vm, ended: &Ended) {
+    let journal = &vm.outside.journal;
+    if let Ended::Failed(why) = ended {
+        journal.note_incident(why);
+        vm.process.kill(); // a VM that cannot be served must not hang
+    }
+    tell_lost_pages(vm);
+    vm.outside.cpu();
+    journal.live().ended.store(ended.number(), Ordering::Release);
+}
+
+/// The end of `work`, whatever stops it.
+fn guard(vm: &Vm, work: impl FnOnce() -> Ended) -> Ended {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        _ if vm.outside.dead.load(Ordering::Acquire) => Ended::Died,
+        Ok(ended) => ended,
+        Err(_) => Ended::Failed("the fault thread panicked".into()),
+    }
 }
 
 fn tell_lost_pages(vm: &Vm) {
-    let lost = vm.stats().counters.poisoned.load(Ordering::Relaxed);
+    let lost = vm.counters().poisoned.load(Ordering::Relaxed);
     if lost > vm.limits.poison_lines_max {
-        vm.warn(format!("{} more pages could not be read", lost - vm.limits.poison_lines_max));
+        vm.outside.warn(format!("{} more pages could not be read", lost - vm.limits.poison_lines_max));
     }
 }
 
 /// Whatever becomes of the filler, demand goes on.
 fn run_filler(vm: &Vm, beside: Beside) {
     let filling = || catch_unwind(AssertUnwindSafe(|| fill_beside(vm, beside)));
-    let why = match vm.stats().cpu.measure(filling) {
+    let why = match vm.outside.cpu.measure(filling) {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
+        Err(_) if vm.is_ending() => return, // stopped dead with all the rest
         Err(_) => "the filler panicked".to_string(),
     };
-    vm.warn(format!("replay or prefetch ends, demand goes on: {why}"));
+    vm.outside.warn(format!("replay or prefetch ends, demand goes on: {why}"));
 }
 
 fn fill_beside(vm: &Vm, beside: Beside) -> std::io::Result<()> {
-    let counters = &vm.stats().counters;
     match beside {
         Beside::Nothing | Beside::Record => {}
         Beside::Replay(offsets) => {
             let pages = recorded(vm, &offsets);
-            vm.stats().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
-            let whole = fill_from_cache(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), &counters.replayed)?;
-            vm.stats().replay_done.store(whole, Ordering::Relaxed);
+            vm.outside.journal.live().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
+            let whole = fill_from_cache(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), Counters::REPLAYED)?;
+            vm.outside.journal.live().replay_done.store(whole.into(), Ordering::Relaxed);
         }
         Beside::Sequential(bytes_max) => {
-            fill_reading_ahead(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), &counters.prefetched)?;
+            fill_reading_ahead(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), Counters::PREFETCHED)?;
         }
     }
     Ok(())

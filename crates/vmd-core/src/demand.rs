@@ -4,8 +4,9 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use crate::death::Point;
 use crate::states::State;
-use crate::stats::add;
+use crate::stats::{Counters, add};
 use crate::uffd::Outcome;
 use crate::vm::Vm;
 
@@ -18,6 +19,20 @@ pub enum Ended {
     Stopped,
     /// The VM cannot be served; the text says what and why.
     Failed(String),
+    /// By a test's order, as if by SIGKILL.
+    Died,
+}
+
+impl Ended {
+    /// As the journal has it; 0 is for a VM that is served, or whose page server was killed.
+    pub fn number(&self) -> u64 {
+        match self {
+            Self::Died => 0,
+            Self::Gone => 1,
+            Self::Stopped => 2,
+            Self::Failed(_) => 3,
+        }
+    }
 }
 
 /// What became of an attempt to serve a page.
@@ -33,22 +48,33 @@ pub enum Progress {
 
 impl Vm {
     pub fn needs_image(&self, page: usize) -> bool {
-        self.states.get(page) == State::Absent && !self.is_hole(page)
+        self.states().get(page) == State::Absent && !self.is_hole(page)
     }
 
     /// Zeros for a page that is a hole of the image, or was removed; nothing for a poisoned one.
     pub fn install_known(&self, page: usize) -> Result<Progress, Ended> {
-        if self.states.get(page) == State::Poisoned {
+        if self.states().get(page) == State::Poisoned {
             self.uffd.wake(self.regions.address(page), self.regions.page_size);
             return Ok(Progress::Served); // its touch is a SIGBUS now
         }
-        let outcome = self.zero(page, 1);
-        self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.zero, 1))
+        self.install_demand(page, Counters::ZERO, || self.zero(page, 1))
     }
 
     pub fn copy_in(&self, page: usize, bytes: &[u8]) -> Result<Progress, Ended> {
-        let outcome = self.uffd.copy(self.regions.address(page), bytes);
-        self.conclude(page, outcome, State::Installed, |vm| add(&vm.stats().counters.demand, 1))
+        self.install_demand(page, Counters::DEMAND, || self.uffd.copy(self.regions.address(page), bytes))
+    }
+
+    fn install_demand(
+        &self,
+        page: usize,
+        counter: usize,
+        install: impl FnOnce() -> Outcome,
+    ) -> Result<Progress, Ended> {
+        let outcome = self.install(page..page + 1, counter, [Point::Install, Point::Note], || {
+            let outcome = install();
+            (usize::from(outcome == Outcome::Done), outcome)
+        });
+        self.conclude(page, outcome)
     }
 
     /// A page that cannot be read is made to fail loudly at its first touch: never wrong bytes.
@@ -60,30 +86,23 @@ impl Vm {
             let why = io::Error::from_raw_os_error(errno);
             return Err(Ended::Failed(format!("{lost}; poisoning it: {why}")));
         }
-        self.conclude(page, outcome, State::Poisoned, |vm| {
-            let before = vm.stats().counters.poisoned.fetch_add(1, Ordering::Relaxed);
-            if before < vm.limits.poison_lines_max {
-                vm.warn(lost);
+        if outcome == Outcome::Done {
+            self.states().set(page, State::Poisoned);
+            self.outside.journal.note_incident(&lost);
+            if self.counters().poisoned.fetch_add(1, Ordering::Relaxed) < self.limits.poison_lines_max {
+                self.outside.warn(lost);
             }
-        })
+        }
+        self.conclude(page, outcome)
     }
 
-    fn conclude(
-        &self,
-        page: usize,
-        outcome: Outcome,
-        state: State,
-        count: impl FnOnce(&Vm),
-    ) -> Result<Progress, Ended> {
+    fn conclude(&self, page: usize, outcome: Outcome) -> Result<Progress, Ended> {
         let address = self.regions.address(page);
         match outcome {
-            Outcome::Done => {
-                self.states.set(page, state);
-                count(self);
-            }
+            Outcome::Done => {}
             Outcome::Present => {
-                self.states.set(page, State::Installed);
-                add(&self.stats().counters.present, 1);
+                self.states().set(page, State::Installed);
+                add(&self.counters().present, 1);
                 self.uffd.wake(address, self.regions.page_size);
             }
             Outcome::Later | Outcome::Partial(_) => return Ok(Progress::Refused),

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use crate::abi::{self, Message};
 use crate::cold::ColdReads;
+use crate::death::Point;
 use crate::demand::{Ended, Progress, failed};
-use crate::states::State;
+use crate::journal::SLOTS;
 use crate::stats::add;
 use crate::vm::Vm;
 use crate::wait::{Source, Waiter};
 
-const MESSAGES_PER_READ: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_micros(100);
 const RETRY_LAST: Duration = Duration::from_millis(2);
 /// How often faults that wait for storage are looked at while nothing else happens.
@@ -34,7 +34,6 @@ struct FaultThread<'a> {
     vm: &'a Vm,
     waiter: Waiter,
     buffer: Vec<u8>,
-    messages: [Message; MESSAGES_PER_READ],
     faults: Vec<Fault>,
     parked: Vec<Fault>,  // refused: a REMOVE is pending
     reading: Vec<Fault>, // their pages are being read from storage
@@ -46,7 +45,7 @@ struct FaultThread<'a> {
 
 /// Serve until the VMM is gone, the owner stops it, or it cannot go on.
 pub fn serve(vm: &Vm, record: bool) -> Ended {
-    if vm.process.0.is_none() {
+    if vm.process.pidfd.is_none() {
         return Ended::Gone;
     }
     let waiter = match watch(vm) {
@@ -57,8 +56,7 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
         vm,
         waiter,
         buffer: vec![0; vm.regions.page_size as usize],
-        messages: [Message::default(); MESSAGES_PER_READ],
-        faults: Vec::with_capacity(MESSAGES_PER_READ),
+        faults: Vec::with_capacity(SLOTS),
         parked: Vec::new(),
         reading: Vec::new(),
         cold: None,
@@ -85,7 +83,7 @@ impl FaultThread<'_> {
     fn turn(&mut self) -> Result<(), Ended> {
         let storage_answered = self.wait()?;
         let vm = self.vm;
-        let _gate = vm.gate.enter_for_demand();
+        let _gate = vm.enter_for_demand();
         self.drain()?;
         for at in 0..self.faults.len() {
             self.serve_fault(at)?;
@@ -133,30 +131,46 @@ impl FaultThread<'_> {
 
     /// Read the queue to its end: apply each REMOVE, gather the faults.
     fn drain(&mut self) -> Result<(), Ended> {
+        let journal = &self.vm.outside.journal;
         loop {
-            let count = match self.vm.uffd.read(&mut self.messages) {
+            let count = match self.read_into_ring() {
                 Ok(count) => count,
                 Err(_) if self.vm.process.has_exited() => return Err(Ended::Gone),
                 Err(error) => return Err(failed("userfaultfd: read", &error)),
             };
             let read_at = Instant::now();
             for at in 0..count {
-                self.take(self.messages[at], read_at)?;
+                self.take(journal.slot(at), read_at)?;
             }
-            if count < MESSAGES_PER_READ {
+            if count > 0 {
+                self.vm.pass(Point::Apply);
+                journal.clear(count);
+                self.vm.pass(Point::Clear);
+            }
+            if count < SLOTS {
                 break; // fewer than asked for: the queue is empty
             }
         }
         if let (Some(first), true) = (self.faults.first(), self.parked.is_empty()) {
-            self.vm.stats().set_oldest(Some(first.read_at));
+            self.vm.outside.set_oldest(Some(first.read_at));
         }
         Ok(())
+    }
+
+    /// Read messages straight into the journal: with the read a REMOVE is over for the kernel.
+    fn read_into_ring(&self) -> io::Result<usize> {
+        // SAFETY: the ring has room for as many, and nobody but this thread uses it.
+        let count = unsafe { self.vm.uffd.read(self.vm.outside.journal.ring(), SLOTS)? };
+        if count > 0 {
+            self.vm.pass(Point::Read);
+        }
+        Ok(count)
     }
 
     fn take(&mut self, message: Message, read_at: Instant) -> Result<(), Ended> {
         match message.event {
             abi::EVENT_PAGEFAULT => self.take_fault(message.second, read_at)?,
-            abi::EVENT_REMOVE | abi::EVENT_UNMAP => self.remove(message.first, message.second),
+            abi::EVENT_REMOVE | abi::EVENT_UNMAP => self.vm.apply_remove(message.first, message.second),
             other => self.ignore(other, message.first as RawFd),
         }
         Ok(())
@@ -171,12 +185,12 @@ impl FaultThread<'_> {
         }
         if !self.ignored.contains(&event) {
             self.ignored.push(event);
-            self.vm.warn(format!("userfaultfd: event {event:#x} is not known and ignored"));
+            self.vm.outside.warn(format!("userfaultfd: event {event:#x} is not known and ignored"));
         }
     }
 
     fn take_fault(&mut self, address: u64, read_at: Instant) -> Result<(), Ended> {
-        add(&self.vm.stats().counters.faults, 1);
+        add(&self.vm.counters().faults, 1);
         let Some(page) = self.vm.regions.find(address) else {
             return Err(Ended::Failed(format!("fault at {address:#x} is outside all regions ({})", self.vm.regions)));
         };
@@ -185,14 +199,6 @@ impl FaultThread<'_> {
         }
         self.faults.push(Fault { page, read_at, refused: false });
         Ok(())
-    }
-
-    fn remove(&self, start: u64, end: u64) {
-        for page in self.vm.regions.pages_between(start, end).into_iter().flatten() {
-            if self.vm.states.set(page, State::Removed) == State::Installed {
-                add(&self.vm.stats().counters.removed, 1);
-            }
-        }
     }
 
     fn serve_fault(&mut self, at: usize) -> Result<(), Ended> {
@@ -213,11 +219,11 @@ impl FaultThread<'_> {
 
     fn note(&mut self, mut fault: Fault, progress: Progress) {
         match progress {
-            Progress::Served => self.vm.stats().latency.record(fault.read_at.elapsed()),
+            Progress::Served => self.vm.outside.journal.latency().record(fault.read_at.elapsed()),
             Progress::Reading => self.reading.push(fault),
             Progress::Refused => {
                 if !std::mem::replace(&mut fault.refused, true) {
-                    add(&self.vm.stats().counters.parked, 1);
+                    add(&self.vm.counters().parked, 1);
                     self.retry_after = RETRY_FIRST;
                 }
                 self.parked.push(fault);
@@ -271,7 +277,7 @@ impl FaultThread<'_> {
     /// Publish the oldest fault that waits; past its limit the VM is as good as hung.
     fn watch_oldest(&self) -> Result<(), Ended> {
         let oldest = self.parked.iter().chain(&self.reading).min_by_key(|fault| fault.read_at);
-        self.vm.stats().set_oldest(oldest.map(|fault| fault.read_at));
+        self.vm.outside.set_oldest(oldest.map(|fault| fault.read_at));
         match oldest {
             Some(fault) if fault.read_at.elapsed() > self.vm.limits.fault_unserved => Err(self.overdue(*fault)),
             _ => Ok(()),
@@ -281,7 +287,7 @@ impl FaultThread<'_> {
     fn overdue(&self, fault: Fault) -> Ended {
         let age = fault.read_at.elapsed();
         let address = self.vm.regions.address(fault.page);
-        let state = self.vm.states.get(fault.page);
+        let state = self.vm.states().get(fault.page);
         Ended::Failed(format!("fault at {address:#x} (page state {state:?}) not served for {} ms", age.as_millis()))
     }
 

@@ -9,14 +9,15 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
+use crate::death::Point;
 use crate::plan::Run;
 use crate::staging::{self, Buffer};
 use crate::states::State;
-use crate::stats::add;
+use crate::stats::{Counters, add};
 use crate::uffd::Outcome;
 use crate::vm::Vm;
 
@@ -50,7 +51,7 @@ struct Chunk {
 /// Install all runs; `counter` counts the pages of data. True when the plan came to its end.
 ///
 /// Reads on this thread for as long as the page cache has what is needed.
-pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
+pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, counter: usize) -> io::Result<bool> {
     let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
     let mut pace = Pace::default();
     let cold = loop {
@@ -71,14 +72,14 @@ pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, coun
 }
 
 /// The same with a reader beside the installer.
-pub fn fill_reading_ahead(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: &AtomicU64) -> io::Result<bool> {
+pub fn fill_reading_ahead(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: usize) -> io::Result<bool> {
     let (give, empty) = channel();
     for _ in 0..BUFFERS {
         give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
     }
     std::thread::scope(|scope| {
         let (full, take) = sync_channel(BUFFERS);
-        let reader = move || (vm.stats().cpu.measure(|| read(vm, runs, &empty, &full)), empty);
+        let reader = move || (vm.outside.cpu.measure(|| read(vm, runs, &empty, &full)), empty);
         let thread = std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10);
         let reader = thread.spawn_scoped(scope, reader)?;
         let installed = install_all(vm, &take, give, counter);
@@ -91,7 +92,7 @@ pub fn fill_reading_ahead(vm: &Vm, runs: impl Iterator<Item = Run> + Send, count
 
 /// Whether demand was faster, for all of a run.
 fn is_served(vm: &Vm, run: &Run) -> bool {
-    run.pages.clone().all(|page| vm.states.get(page) != State::Absent)
+    run.pages.clone().all(|page| vm.states().get(page) != State::Absent)
 }
 
 /// Bytes of the image that a run needs.
@@ -164,7 +165,7 @@ struct Pace {
 
 impl Pace {
     fn piece_bytes(&mut self, vm: &Vm) -> usize {
-        let faults = vm.stats().counters.faults.load(Ordering::Relaxed);
+        let faults = vm.counters().faults.load(Ordering::Relaxed);
         self.calm = if faults == self.faults { self.calm.saturating_add(1) } else { 0 };
         self.faults = faults;
         if self.calm < CALM_AFTER { PIECE } else { CALM_PIECE }
@@ -178,7 +179,7 @@ impl Pace {
     }
 }
 
-fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: &AtomicU64) -> bool {
+fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: usize) -> bool {
     let mut whole = true;
     let mut pace = Pace::default();
     for mut chunk in full {
@@ -195,10 +196,10 @@ fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: &
 }
 
 /// Install the absent pages of a run. False: the filler must end.
-fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64, pace: &mut Pace) -> bool {
+fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: usize, pace: &mut Pace) -> bool {
     let page_size = vm.regions.page_size as usize;
     let mut by_page = false;
-    let counter = if run.hole { &vm.stats().counters.zero } else { counter };
+    let counter = if run.hole { Counters::ZERO } else { counter };
     let mut at = run.pages.start;
     let mut refused = 0;
     while at < run.pages.end {
@@ -212,17 +213,24 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64, pace: &mut 
         };
         let limit = run.pages.end.min(at + piece_max);
         let gate = vm.gate.enter_behind_demand();
+        if vm.is_ending() {
+            return false;
+        }
         let piece = absent_run(vm, at..limit);
         if piece.is_empty() {
             at = limit;
             continue;
         }
         let from = (piece.start - run.pages.start) * page_size;
-        let outcome = match run.hole {
-            true => vm.zero(piece.start, piece.len()),
-            false => vm.uffd.copy(vm.regions.address(piece.start), &bytes[from..from + piece.len() * page_size]),
-        };
-        let done = note(vm, &piece, outcome, counter);
+        let (outcome, done) = vm.install(piece.clone(), counter, [Point::FillInstall, Point::FillNote], || {
+            let outcome = match run.hole {
+                true => vm.zero(piece.start, piece.len()),
+                false => vm.uffd.copy(vm.regions.address(piece.start), &bytes[from..from + piece.len() * page_size]),
+            };
+            let done = pages_of(vm, &piece, outcome);
+            (done, (outcome, done))
+        });
+        let passed = if done > 0 { done } else { pass_by(vm, &piece, outcome) };
         drop(gate);
         pace.give_way();
         match outcome {
@@ -241,41 +249,43 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: &AtomicU64, pace: &mut 
             Outcome::Gone => return false,
             Outcome::Fatal(errno) => {
                 let why = io::Error::from_raw_os_error(errno);
-                vm.warn(format!("replay or prefetch ends, demand goes on: install: {why}"));
+                vm.outside.warn(format!("replay or prefetch ends, demand goes on: install: {why}"));
                 return false;
             }
         }
-        at = piece.start + done;
+        at = piece.start + passed;
     }
     true
 }
 
 /// The first run of absent pages in `pages`; empty when there is none.
 fn absent_run(vm: &Vm, mut pages: Range<usize>) -> Range<usize> {
-    let absent = |page: &usize| vm.states.get(*page) == State::Absent;
+    let absent = |page: &usize| vm.states().get(*page) == State::Absent;
     let end = pages.end;
     let start = pages.find(absent).unwrap_or(end);
     start..(start..end).find(|page| !absent(page)).unwrap_or(end)
 }
 
-/// Note what an install did, still behind the gate; returns how many pages to go on by.
-fn note(vm: &Vm, piece: &Range<usize>, outcome: Outcome, counter: &AtomicU64) -> usize {
-    let done = match outcome {
+/// How many pages an install brought.
+fn pages_of(vm: &Vm, piece: &Range<usize>, outcome: Outcome) -> usize {
+    match outcome {
         Outcome::Done => piece.len(),
         Outcome::Partial(bytes) => (bytes / vm.regions.page_size) as usize,
+        _ => 0,
+    }
+}
+
+/// How many pages to pass by after an install that brought none; still behind the gate.
+fn pass_by(vm: &Vm, piece: &Range<usize>, outcome: Outcome) -> usize {
+    match outcome {
         Outcome::Present => {
             // Whoever put it there: waiters must be woken.
-            add(&vm.stats().counters.present, 1);
-            vm.states.set(piece.start, State::Installed);
+            add(&vm.counters().present, 1);
+            vm.states().set(piece.start, State::Installed);
             vm.uffd.wake(vm.regions.address(piece.start), vm.regions.page_size);
-            return 1;
+            1
         }
-        Outcome::Edge if piece.len() == 1 => return 1,
-        Outcome::Edge | Outcome::Later | Outcome::Gone | Outcome::Fatal(_) => return 0,
-    };
-    for page in piece.start..piece.start + done {
-        vm.states.set(page, State::Installed);
+        Outcome::Edge if piece.len() == 1 => 1,
+        _ => 0,
     }
-    add(counter, done as u64);
-    done
 }

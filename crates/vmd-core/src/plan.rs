@@ -6,6 +6,48 @@ use std::ops::Range;
 
 use crate::vm::Vm;
 
+/// What to do beside demand faults.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beside {
+    Nothing,
+    Record,
+    /// File offsets in first-touch order.
+    Replay(Vec<u64>),
+    /// At most so many bytes.
+    Sequential(u64),
+}
+
+impl Beside {
+    /// Offsets to replay; empty for what is no replay.
+    pub fn offsets(&self) -> &[u64] {
+        match self {
+            Self::Replay(offsets) => offsets,
+            _ => &[],
+        }
+    }
+
+    /// As the journal has it: kind, number of offsets, most bytes.
+    pub fn numbers(&self) -> (u64, u64, u64) {
+        match self {
+            Self::Nothing => (0, 0, 0),
+            Self::Record => (1, 0, 0),
+            Self::Replay(offsets) => (2, offsets.len() as u64, 0),
+            Self::Sequential(bytes_max) => (3, 0, *bytes_max),
+        }
+    }
+
+    /// The inverse of `numbers`; None for what it never gives.
+    pub fn from_numbers(kind: u64, offsets: Vec<u64>, bytes_max: u64) -> Option<Self> {
+        match (kind, offsets.is_empty()) {
+            (0, true) => Some(Self::Nothing),
+            (1, true) => Some(Self::Record),
+            (2, _) => Some(Self::Replay(offsets)),
+            (3, true) => Some(Self::Sequential(bytes_max)),
+            _ => None,
+        }
+    }
+}
+
 /// Neighbouring pages of one region that are either all data of the image or all holes of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {

@@ -1,7 +1,7 @@
 //! Which host addresses are which pages, and which bytes of the image.
 
 /// One region of the VMM's memory; all three in bytes, aligned to the page size.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     pub base: u64,
     pub size: u64,
@@ -28,6 +28,11 @@ impl Regions {
         let mut by_offset: Vec<usize> = (0..regions.len()).collect();
         by_offset.sort_by_key(|&at| regions[at].offset);
         Self { page_size, ordered: regions, first_pages, by_offset }
+    }
+
+    /// In the order of their addresses.
+    pub fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.ordered.iter()
     }
 
     pub fn pages(&self) -> usize {

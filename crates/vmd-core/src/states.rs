@@ -15,29 +15,45 @@ pub enum State {
 }
 
 const PAGES_PER_WORD: usize = 32;
+const LOW_BITS: u64 = 0x5555_5555_5555_5555;
 
-pub struct States {
-    words: Vec<AtomicU64>,
+/// Bytes that the states of so many pages take.
+pub fn bytes(pages: usize) -> usize {
+    pages.div_ceil(PAGES_PER_WORD) * size_of::<AtomicU64>()
 }
 
-impl States {
-    /// All pages absent.
-    pub fn new(pages: usize) -> Self {
-        Self { words: (0..pages.div_ceil(PAGES_PER_WORD)).map(|_| AtomicU64::new(0)).collect() }
+/// The page states in a journal; all zeros means all absent.
+#[derive(Clone, Copy)]
+pub struct States<'a> {
+    words: &'a [AtomicU64],
+}
+
+impl<'a> States<'a> {
+    pub fn new(words: &'a [AtomicU64]) -> Self {
+        Self { words }
     }
 
-    pub fn get(&self, page: usize) -> State {
+    pub fn get(self, page: usize) -> State {
         let word = self.words[page / PAGES_PER_WORD].load(Ordering::Acquire);
         Self::decode(word >> shift(page))
     }
 
     /// Set the state of a page; returns the one it had.
-    pub fn set(&self, page: usize, state: State) -> State {
+    pub fn set(self, page: usize, state: State) -> State {
         let shift = shift(page);
         let update = |word: u64| Some(word & !(3 << shift) | (state as u64) << shift);
         let word = &self.words[page / PAGES_PER_WORD];
         let old = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, update).unwrap_or_else(|word| word);
         Self::decode(old >> shift)
+    }
+
+    /// How many pages are installed.
+    pub fn installed(self) -> u64 {
+        let count = |word: &AtomicU64| {
+            let word = word.load(Ordering::Acquire);
+            u64::from((word & !(word >> 1) & LOW_BITS).count_ones())
+        };
+        self.words.iter().map(count).sum()
     }
 
     fn decode(bits: u64) -> State {
@@ -60,12 +76,15 @@ mod tests {
 
     #[test]
     fn neighbours_do_not_disturb_each_other() {
-        let states = States::new(70);
+        let words: Vec<_> = (0..3).map(|_| AtomicU64::new(0)).collect();
+        let states = States::new(&words);
         assert_eq!(states.set(33, State::Removed), State::Absent);
         assert_eq!(states.set(32, State::Installed), State::Absent);
         assert_eq!(states.set(34, State::Poisoned), State::Absent);
         assert_eq!(states.set(33, State::Installed), State::Removed);
         let read = [31, 32, 33, 34, 35, 69].map(|page| states.get(page) as u8);
         assert_eq!(read, [0, 1, 1, 3, 0, 0]);
+        states.set(69, State::Removed);
+        assert_eq!(states.installed(), 2);
     }
 }

@@ -1,80 +1,59 @@
 //! Counters, latency histogram and CPU time, readable at any moment without stopping anybody.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 /// Page counts in pages of the VM's page size; the names are those of `--stats`.
+#[repr(C)]
 #[derive(Default)]
 pub struct Counters {
-    pub faults: AtomicU64,
     pub demand: AtomicU64,
     pub replayed: AtomicU64,
     pub prefetched: AtomicU64,
     pub zero: AtomicU64,
     pub removed: AtomicU64,
+    pub faults: AtomicU64,
     pub poisoned: AtomicU64,
     pub present: AtomicU64,
     pub parked: AtomicU64,
+}
+
+impl Counters {
+    /// Numbers of the counters of installs, as the journal's intent has them.
+    pub const DEMAND: usize = 0;
+    pub const REPLAYED: usize = 1;
+    pub const PREFETCHED: usize = 2;
+    pub const ZERO: usize = 3;
+    pub const COUNT: usize = 4;
+
+    pub fn by_number(&self, number: usize) -> &AtomicU64 {
+        [&self.demand, &self.replayed, &self.prefetched, &self.zero][number]
+    }
+
+    /// All installs that were counted.
+    pub fn installs(&self) -> u64 {
+        (0..Self::COUNT).map(|number| self.by_number(number).load(Relaxed)).sum()
+    }
 }
 
 pub fn add(counter: &AtomicU64, count: u64) {
     counter.fetch_add(count, Relaxed);
 }
 
-pub struct Stats {
-    pub counters: Counters,
-    pub latency: Histogram,
-    pub cpu: CpuMeter,
-    pub replay_pages: AtomicU64,
-    pub replay_done: AtomicBool,
-    started: Instant,
-    oldest_ns: AtomicU64, // since `started`, of the oldest unserved fault; 0 = none
-}
-
-impl Default for Stats {
-    fn default() -> Self {
-        Self {
-            counters: Counters::default(),
-            latency: Histogram::default(),
-            cpu: CpuMeter::default(),
-            replay_pages: AtomicU64::new(0),
-            replay_done: AtomicBool::new(false),
-            started: Instant::now(),
-            oldest_ns: AtomicU64::new(0),
-        }
-    }
-}
-
-impl Stats {
-    /// Publish when the oldest fault that is not yet served was read.
-    pub fn set_oldest(&self, read_at: Option<Instant>) {
-        let ns = read_at.map_or(0, |at| (at - self.started).as_nanos().max(1) as u64);
-        self.oldest_ns.store(ns, Relaxed);
-    }
-
-    /// Age of the oldest fault not yet served.
-    pub fn oldest_age(&self) -> Option<Duration> {
-        match self.oldest_ns.load(Relaxed) {
-            0 => None,
-            ns => Some(self.started.elapsed().saturating_sub(Duration::from_nanos(ns))),
-        }
-    }
+/// CLOCK_MONOTONIC, which all processes of a boot share.
+pub fn monotonic() -> Duration {
+    read_clock(libc::CLOCK_MONOTONIC)
 }
 
 const SUB_BITS: u32 = 4; // 16 steps to each power of two: at most 6 % wide
 const BUCKETS: usize = (64 - SUB_BITS as usize + 1) << SUB_BITS;
 
 /// A log-linear histogram of nanoseconds. One writer, any number of readers.
+#[repr(C)]
 pub struct Histogram {
-    buckets: Box<[AtomicU64]>,
     max_ns: AtomicU64,
-}
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(), max_ns: AtomicU64::new(0) }
-    }
+    buckets: [AtomicU64; BUCKETS],
 }
 
 impl Histogram {
@@ -186,7 +165,7 @@ mod tests {
 
     #[test]
     fn quantiles_of_known_samples() {
-        let histogram = Histogram::default();
+        let histogram = Histogram { max_ns: AtomicU64::new(0), buckets: [const { AtomicU64::new(0) }; BUCKETS] };
         assert_eq!(histogram.read([0.5]), (0, [None]));
         for us in 1..=100 {
             histogram.record(Duration::from_micros(us));

@@ -61,10 +61,13 @@ impl Uffd {
         self.fd.as_raw_fd()
     }
 
-    /// Read queued messages; 0 when there is none. Fewer than asked means that the queue is empty.
-    pub fn read(&self, messages: &mut [abi::Message]) -> io::Result<usize> {
-        // SAFETY: the buffer is valid for its whole length, and any bytes make valid messages.
-        let bytes = unsafe { libc::read(self.raw(), messages.as_mut_ptr().cast(), size_of_val(messages)) };
+    /// Read queued messages to `to`; 0 when there is none. Fewer than asked means that the queue is empty.
+    ///
+    /// # Safety
+    /// `to` must be valid for writes of `count` messages, and nobody else may use them meanwhile.
+    pub unsafe fn read(&self, to: *mut abi::Message, count: usize) -> io::Result<usize> {
+        // SAFETY: by this function's own contract; any bytes make valid messages.
+        let bytes = unsafe { libc::read(self.raw(), to.cast(), count * size_of::<abi::Message>()) };
         if bytes >= 0 {
             return Ok(bytes as usize / size_of::<abi::Message>());
         }

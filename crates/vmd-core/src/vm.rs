@@ -3,13 +3,15 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use crate::death::{Death, Point, kill_process, stop_dead};
 use crate::image::Image;
+use crate::journal::Journal;
 use crate::regions::Regions;
-use crate::states::States;
-use crate::stats::Stats;
+use crate::states::{State, States};
+use crate::stats::{Counters, CpuMeter, add, monotonic};
 use crate::uffd::{Outcome, Uffd};
 
 /// The zero source of 2 MiB pages, which know no ZEROPAGE (EINVAL on hugetlbfs).
@@ -17,7 +19,7 @@ static ZEROS: [u8; HUGE_PAGE] = [0; HUGE_PAGE];
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Bounds that Python decides (`vmd.limits`).
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// A fault that waits longer fails the VM.
     pub fault_unserved: Duration,
@@ -37,34 +39,135 @@ pub struct Vm {
     pub uffd: Uffd,
     pub image: Arc<Image>,
     pub regions: Regions,
-    pub states: States,
     pub gate: Gate,
     pub process: Process,
     pub limits: Limits,
     pub ending: AtomicBool,
+    pub death: Option<Death>,
+    /// Another page server has served it before.
+    pub taken_over: bool,
     pub outside: Arc<Outside>,
 }
 
 /// The part of a VM that its owner reads, and that stays readable after the end.
 pub struct Outside {
-    pub stats: Stats,
-    pub warnings: Mutex<Vec<String>>,
+    pub journal: Journal,
+    pub cpu: CpuMeter,
     pub touched: Mutex<Vec<u64>>,
     pub stop: EventFd,
     pub ended: EventFd,
+    /// All of it is to stop dead (see `death`).
+    pub dead: AtomicBool,
+    warnings: Mutex<Vec<String>>,
+    cpu_before: Duration, // of the page servers before this one
+    started: Instant,
+    started_at: Duration, // the same instant on CLOCK_MONOTONIC
 }
 
-impl Vm {
-    pub fn stats(&self) -> &Stats {
-        &self.outside.stats
+impl Outside {
+    pub fn new(journal: Journal) -> io::Result<Self> {
+        Ok(Self {
+            cpu: CpuMeter::default(),
+            touched: Mutex::default(),
+            stop: EventFd::new()?,
+            ended: EventFd::new()?,
+            dead: AtomicBool::new(false),
+            warnings: Mutex::default(),
+            cpu_before: Duration::from_nanos(journal.live().cpu_ns.load(Ordering::Relaxed)),
+            started: Instant::now(),
+            started_at: monotonic(),
+            journal,
+        })
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.journal.live().counters
     }
 
     pub fn warn(&self, line: String) {
-        self.outside.warnings.lock().unwrap().push(line);
+        self.warnings.lock().unwrap().push(line);
+    }
+
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut self.warnings.lock().unwrap())
+    }
+
+    /// Publish when the oldest fault that is not yet served was read.
+    pub fn set_oldest(&self, read_at: Option<Instant>) {
+        let ns = read_at.map_or(0, |at| (self.started_at + (at - self.started)).as_nanos() as u64);
+        self.journal.live().oldest_ns.store(ns, Ordering::Relaxed);
+    }
+
+    /// CPU time spent on this VM, by page servers before this one too. Published in the journal.
+    pub fn cpu(&self) -> Duration {
+        let total = self.cpu_before + self.cpu.total();
+        self.journal.live().cpu_ns.store(total.as_nanos() as u64, Ordering::Relaxed);
+        total
+    }
+
+    /// Stop all threads dead.
+    pub fn kill(&self) {
+        self.dead.store(true, Ordering::Release);
+        self.stop.set();
+    }
+}
+
+impl Vm {
+    pub fn counters(&self) -> &Counters {
+        self.outside.counters()
+    }
+
+    pub fn states(&self) -> States<'_> {
+        self.outside.journal.states()
     }
 
     pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Relaxed)
+        self.ending.load(Ordering::Relaxed) || self.outside.dead.load(Ordering::Relaxed)
+    }
+
+    /// Fault thread: enter the gate as the next one.
+    pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
+        let guard = self.gate.enter_for_demand();
+        if self.outside.dead.load(Ordering::Acquire) {
+            stop_dead();
+        }
+        guard
+    }
+
+    /// A place where a test may have ordered the page server to die.
+    pub fn pass(&self, point: Point) {
+        let Some(death) = &self.death else { return };
+        if death.strikes(point) {
+            if death.real {
+                kill_process();
+            }
+            self.outside.kill();
+            stop_dead();
+        }
+    }
+
+    /// Do one install between the note that it is intended and the note that it is done.
+    ///
+    /// `install` returns how many of `pages`, from the first on, it brought, beside its result.
+    /// The caller holds the gate.
+    pub fn install<T>(
+        &self,
+        pages: std::ops::Range<usize>,
+        counter: usize,
+        points: [Point; 2],
+        install: impl FnOnce() -> (usize, T),
+    ) -> T {
+        let [installed, noted] = points;
+        self.outside.journal.intend(&pages, counter);
+        let (done, result) = install();
+        self.pass(installed);
+        for page in pages.start..pages.start + done {
+            self.states().set(page, State::Installed);
+        }
+        self.pass(noted);
+        add(self.counters().by_number(counter), done as u64);
+        self.outside.journal.intend_nothing();
+        result
     }
 
     pub fn is_hole(&self, page: usize) -> bool {
@@ -107,7 +210,7 @@ impl Gate {
     /// and enters again at once, would mostly win.
     pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
         self.demand.store(true, Ordering::Release);
-        let guard = self.lock.lock().unwrap();
+        let guard = self.lock();
         self.demand.store(false, Ordering::Release);
         guard
     }
@@ -117,22 +220,31 @@ impl Gate {
         while self.demand.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
-        self.lock.lock().unwrap()
+        self.lock()
+    }
+
+    /// A thread that stopped dead inside has left nothing half done that the lock guards.
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The VMM's process, known by its pidfd only. None: it had gone before a pidfd could be had.
-pub struct Process(pub Option<OwnedFd>);
+/// The VMM's process, known by its pidfd. None: it had gone before a pidfd could be had.
+pub struct Process {
+    pub pidfd: Option<OwnedFd>,
+    /// For /proc, and only for what does no harm should it be another's by now.
+    pub pid: u32,
+}
 
 impl Process {
     pub fn raw(&self) -> RawFd {
-        self.0.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+        self.pidfd.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 
     pub fn has_exited(&self) -> bool {
         let mut fd = libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid pollfd. Without waiting there is nothing to interrupt.
-        self.0.is_none() || unsafe { libc::poll(&raw mut fd, 1, 0) } == 1
+        self.pidfd.is_none() || unsafe { libc::poll(&raw mut fd, 1, 0) } == 1
     }
 
     /// SIGKILL; only SIGKILL ends a VMM that waits for a page.

@@ -16,6 +16,9 @@ import click
 
 from ..errors import UsageError, VmdError
 from ..pages.contract import Beside, Ended, EndReason, Service
+from ..pages.cores import core_name
+from ..pages.journal import require_native
+from ..pages.life import Server
 from ..pages.server import PageServer, serve_pages
 from ..pages.serving import Serving, Signals, exit_line, say, warn
 from ..pages.source import Image
@@ -85,7 +88,12 @@ def _parse_seconds(_: click.Context, __: click.Parameter, seconds: float | None)
     help="Install the pages of this access.log, in its order, beside the demand faults.",
 )
 @click.option("--no-prefetch", is_flag=True, help="Install exactly the touched pages, nothing around them.")
-@click.option("--journal", type=click.Path(path_type=Path), metavar="FILE", help="Not yet supported: refused.")
+@click.option(
+    "--journal",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make this file, best on a tmpfs: should this process die, `vmd pages adopt` goes on from it.",
+)
 @click.option(
     "--stats",
     type=click.Path(path_type=Path),
@@ -131,32 +139,67 @@ def serve(
       1  anything else, with one line on stderr that names what and why
       2  usage
     """
-    if journal is not None:
-        raise UsageError("--journal: not supported yet", hint="serve without it; a VM whose server dies stays frozen")
     if sum((record is not None, replay is not None, no_prefetch)) > 1:
         raise UsageError("--record, --replay and --no-prefetch exclude each other")
-    _check_paths(socket_path, memory, replay, record, stats)
+    paths = {"--socket": socket_path, "--memory": memory, "--replay": replay, "--record": record}
+    _check_paths({**paths, "--journal": journal, "--stats": stats})
     settings = Settings.read()
+    if journal is not None:
+        require_native(core_name(settings.core), "--journal")
     signals = _begin()
     identity = _identity(memory) if record is not None else ""
     service = _service(memory, replay, record, no_prefetch, settings)
     server = serve_pages(
-        socket_path, memory, service, owner=owner, core=settings.core, accept_seconds=accept_timeout, warn=warn
-    )
+        socket_path, memory, service,
+        owner=owner, core=settings.core, accept_seconds=accept_timeout, journal=journal, warn=warn,
+    )  # fmt: skip
     try:
         ended = _serve_ready(server, signals, stats)
     except BaseException:  # the socket is not to stay
         server.close()
         raise
     failure = None if record is None else _write_record(record, identity, server, ended)
-    _leave(server, ended, failure)
+    _leave(server, ended, journal, failure)
 
 
-@pages.command(context_settings={"ignore_unknown_options": True})
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def adopt(options: tuple[str, ...]) -> NoReturn:
-    """Take over a VM whose page server is gone. Not supported yet: refused."""
-    raise UsageError("pages adopt: not supported yet", hint="kill the VM and create it again")
+@pages.command()
+@click.option("--pid", required=True, type=click.IntRange(1), metavar="VMM_PID", help="The VMM, which is frozen.")
+@click.option(
+    "--journal",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What its page server has left: the file of `pages serve --journal`.",
+)
+@click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep statistics in this JSON file: every 200 ms, at the end, and on SIGUSR1.",
+)
+def adopt(pid: int, journal: Path, stats: Path | None) -> NoReturn:
+    """Take over a VM whose page server is gone; end with it.
+
+    Prints `ready` when it serves, and goes on with replay or prefetch where they were. What is refused
+    is left as it was: a VMM that does not run or is not the journal's, one that holds no userfaultfd, a
+    journal that is missing, damaged, of another version or locked by a living page server, another image.
+    Needs the right to ptrace the VMM, as root has it.
+
+    \b
+    Exit codes:
+      0  the VMM has exited, or SIGTERM or SIGINT ended the serving
+      1  anything else, with one line on stderr that names what and why
+      2  usage
+    """
+    _check_paths({"--journal": journal, "--stats": stats})
+    require_native(core_name(Settings.read().core), "pages adopt")
+    signals = _begin()
+    from ..pages.adopted import AdoptedServer
+
+    server = AdoptedServer(journal, pid, warn=warn)
+    server.start()
+    ended = _serve_ready(server, signals, stats)
+    _leave(server, ended, journal, None)
 
 
 def _begin() -> Signals:
@@ -172,16 +215,17 @@ def _begin() -> Signals:
     return signals
 
 
-def _check_paths(socket_path: Path, memory: Path, replay: Path | None, record: Path | None, stats: Path | None) -> None:
+def _check_paths(given: dict[str, Path | None]) -> None:
     """A recording must not be lost in the end, nor anything else overwritten, for a typo. `UsageError`, `VmdError`."""
-    for option, output in (("--record", record), ("--stats", stats)):
+    for option in ("--record", "--stats"):
+        output = given.get(option)
         if output is not None and not _is_replaceable(output):
             raise UsageError(f"{option} {output}: this is there and not a regular file, and would be replaced by one")
-    given = {"--socket": socket_path, "--memory": memory, "--replay": replay, "--record": record, "--stats": stats}
     paths = [(option, path) for option, path in given.items() if path is not None]
     for (one, path), (other, same) in combinations(paths, 2):
         if _is_same(path, same):
             raise UsageError(f"{one} and {other} are the same file: {same}")
+    record = given.get("--record")
     if record is not None and not os.access(record.absolute().parent, os.W_OK):
         raise VmdError(f"record {record}: its directory does not exist or cannot be written")
 
@@ -205,7 +249,7 @@ def _place(path: Path) -> tuple[str, str]:
     return os.path.realpath(path.parent), path.name
 
 
-def _serve_ready(server: PageServer, signals: Signals, stats: Path | None) -> Ended:
+def _serve_ready(server: Server, signals: Signals, stats: Path | None) -> Ended:
     serving = Serving(server, signals, stats_path=stats)
     serving.write_stats()
     try:
@@ -272,10 +316,14 @@ def _write_record(record: Path, identity: str, server: PageServer, ended: Ended)
     return None
 
 
-def _leave(server: PageServer, ended: Ended, failure: str | None) -> NoReturn:
+def _leave(server: Server, ended: Ended, journal: Path | None, failure: str | None) -> NoReturn:
     stats = server.stats()
     if ended.reason is EndReason.STOPPED and stats["vmm_pid"] is not None:
-        warn(f"vmm {stats['vmm_pid']} left frozen; there is no journal to adopt it by")
+        pid = stats["vmm_pid"]
+        way = "there is no journal to adopt it by"
+        if journal is not None:
+            way = f"vmd pages adopt --pid {pid} --journal {journal} goes on"
+        warn(f"vmm {pid} left frozen; {way}")
     why = "; ".join(line for line in (exit_line(ended, stats["poisoned"]), failure) if line)
     if why:
         say(f"vmd: error: {why}")

@@ -78,6 +78,21 @@ class Injection:
 
 
 @dataclass(frozen=True, slots=True)
+class Death:
+    """For tests of the native core: at its ``after``-th passing of ``point``, from 0, it dies as if by SIGKILL.
+
+    ``real``: the process does; else the core's threads stop dead and nothing is noted, woken, killed.
+    Points: ``read`` (messages are in the journal's ring), ``apply`` (applied), ``clear`` (ring cleared),
+    ``install`` (a demand page is in), ``note`` (noted), ``fill-install``, ``fill-note``, and of a
+    take-over ``adopt-apply`` (it begins), ``adopt-wake`` (before all waiters are woken), ``adopted``.
+    """
+
+    point: str
+    after: int = 0
+    real: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What to do for one VM.
 
@@ -93,6 +108,7 @@ class Service:
     refused: str | None = None
     prefetch_bytes_max: int = 0
     injections: Sequence[Injection] = ()
+    death: Death | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,7 @@ class Counters:
     oldest_unserved_us: int | None = None
     replay_pages: int = 0
     replay_done: bool = False
+    takeovers: int = 0
     cpu_us: int = 0
 
 
@@ -128,6 +145,7 @@ class EndReason(enum.StrEnum):
     GONE = "gone"  # the VMM has exited
     STOPPED = "stopped"  # stop() was called; the VMM may be left frozen
     FAILED = "failed"  # the VM could not be served; it has been killed
+    DIED = "died"  # by a test's order (`Death`)
 
 
 @dataclass(frozen=True, slots=True)

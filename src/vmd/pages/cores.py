@@ -6,6 +6,7 @@ from ..errors import VmdError
 from ..settings import Settings
 from .contract import PageCore, Service
 from .handshake import Handshake
+from .journal import Journal
 from .source import Image
 
 CORE_VERSION = "0.1.0"
@@ -33,12 +34,14 @@ def core_name(wanted: str | None = None) -> str:
     return "native"
 
 
-def make_core(name: str, handshake: Handshake, image: Image, service: Service) -> PageCore:
-    """A core that takes over the handshake's descriptors and the image."""
+def make_core(
+    name: str, handshake: Handshake, image: Image, service: Service, journal: Journal | None = None
+) -> PageCore:
+    """A core that takes over the handshake's descriptors and the image. ``journal``: native only."""
     if name == "native":
         from .native import NativeCore
 
-        return NativeCore(handshake, image, service)
+        return NativeCore(handshake, image, service, journal)
     from .reference import ReferenceCore
 
     return ReferenceCore(handshake, image, service)

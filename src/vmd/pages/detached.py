@@ -25,8 +25,9 @@ from ..errors import HandshakeRefused, PagesFailed, VmdError
 from .contract import Beside, Service
 from .cores import core_name
 from .handshake import Listener
+from .life import settle
 from .process import raise_descriptor_limit
-from .server import PageServer, settle
+from .server import PageServer
 from .serving import Serving, Signals, exit_line, say, warn
 from .source import Image
 

@@ -57,11 +57,15 @@ class Handshake:
 
     def close(self) -> None:
         """Close all descriptors, the userfaultfd first. Idempotent."""
+        self.close_descriptors()
+        self.connection.close()
+
+    def close_descriptors(self) -> None:
+        """Close userfaultfd and pidfd, of which a core has copies; the connection stays. Idempotent."""
         for fd in (self.uffd, self.pidfd):
             if fd >= 0:
                 os.close(fd)
         self.uffd = self.pidfd = -1
-        self.connection.close()
 
 
 def receive(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .. import limits
 from .contract import Ended, EndReason
+from .life import NO_END, Server
 from .process import one_line
-from .server import NO_END, PageServer
 
 # Warnings are passed on this often where no statistics file asks for more.
 _IDLE_SECONDS = 1.0
@@ -93,13 +93,13 @@ class Signals:
 
 
 class Serving:
-    """Runs a `PageServer` to its end on the main thread of a process.
+    """Runs a `Server` to its end on the main thread of a process.
 
     ``stats_path``: see interfaces.md, "--stats". SIGTERM and SIGINT end it, SIGUSR1 writes the
     statistics now.
     """
 
-    def __init__(self, server: PageServer, signals: Signals, *, stats_path: Path | None) -> None:
+    def __init__(self, server: Server, signals: Signals, *, stats_path: Path | None) -> None:
         self._server = server
         self._signals = signals
         self._stats_path = stats_path

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from .contract import Beside, Counters, Service
-from .handshake import Handshake
+from .contract import Counters
 
 SCHEMA = 1
 
 _COUNTS = ("faults", "demand", "replayed", "prefetched", "zero", "removed", "poisoned", "present", "parked")
 
 
-def report(
-    core: str, state: str, handshake: Handshake | None, service: Service | None, counters: Counters
-) -> dict[str, Any]:
-    """Build the object. ``handshake`` and ``service`` are None before the handshake."""
-    regions = handshake.regions if handshake else None
-    page_size = regions.page_size if regions else None
+@dataclass(frozen=True, slots=True)
+class ServedVm:
+    """What a report says of a VM beside its counters. ``skipped``, ``refused``: of the replay (`Service`)."""
+
+    vmm_pid: int
+    page_size: int
+    guest_bytes: int
+    regions: int
+    skipped: int = 0
+    refused: str | None = None
+
+
+def report(core: str, state: str, vm: ServedVm | None, counters: Counters) -> dict[str, Any]:
+    """Build the object. ``vm`` is None before the handshake."""
+    page_size = vm.page_size if vm else None
     installed = counters.demand + counters.replayed + counters.prefetched + counters.zero
     return {
         "schema": SCHEMA,
         "core": core,
         "state": state,
-        "vmm_pid": handshake.vmm_pid if handshake else None,
+        "vmm_pid": vm.vmm_pid if vm else None,
         "page_size": page_size,
-        "guest_bytes": regions.guest_bytes if regions else None,
-        "regions": len(regions) if regions else None,
+        "guest_bytes": vm.guest_bytes if vm else None,
+        "regions": vm.regions if vm else None,
         **{name: getattr(counters, name) for name in _COUNTS},
         "bytes": installed * (page_size or 0),
         "fault_us": {
@@ -38,9 +47,9 @@ def report(
         "oldest_unserved_us": counters.oldest_unserved_us,
         "replay": {
             "pages": counters.replay_pages,
-            "skipped": service.skipped if service else 0,
-            "done": bool(service and service.beside is Beside.REPLAY and counters.replay_done),
-            "refused": service.refused if service else None,
+            "skipped": vm.skipped if vm else 0,
+            "done": counters.replay_done,
+            "refused": vm.refused if vm else None,
         },
         "cpu_us": counters.cpu_us,
     }
