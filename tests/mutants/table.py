@@ -107,9 +107,11 @@ MUTANTS = [
             "journal.slot(at)).collect();\n            journal.clear(count);\n            if count > 0 {\n"
             "                self.vm.pass(Point::Apply);\n            }\n"
             "            for (at, message) in all.into_iter().enumerate() {\n"
-            "                unsafe { journal.ring().add(at).write(message) };\n            }\n            for", "takeover"),
+            "                unsafe { journal.ring().add(at).write(message) };\n            }\n            for",
+            "takeover"),
     Mutant("ring-ignored", "a take-over does not apply what is in the ring", "takeover.rs",
-           "matches!(message.event, abi::EVENT_REMOVE | abi::EVENT_UNMAP)", "message.event == abi::EVENT_FORK", "takeover"),
+           "matches!(message.event, abi::EVENT_REMOVE | abi::EVENT_UNMAP)", "message.event == abi::EVENT_FORK",
+           "takeover"),
     Mutant("waiters-forgotten", "a take-over wakes nobody", "takeover.rs",
            "self.uffd.wake(region.base, region.size);", "std::hint::black_box(region);", "takeover"),
     Mutant("unfinished-forgotten", "a page that was installed and not noted is never counted", "takeover.rs",
@@ -137,7 +139,8 @@ MUTANTS = [
     _faults("record-duplicates", "a page is recorded each time that it is faulted on",
             "replace(&mut self.seen[page], true)", "replace(&mut self.seen[page], false)", "record"),
     _demand("counted-twice", "a page that was there already is counted as installed once more",
-            "Outcome::Present => {", "Outcome::Present => {\n                add(&self.counters().demand, 1);", "outcomes"),
+            "Outcome::Present => {", "Outcome::Present => {\n                add(&self.counters().demand, 1);",
+            "outcomes"),
     _faults("latency-lost", "the latency of a fault that had to wait is not recorded",
             "Progress::Served => self.vm",
             "Progress::Served if fault.refused => {}\nProgress::Served => self.vm", "latency"),
