@@ -1,7 +1,7 @@
 """The native page server of vmd. `vmd.pages` is its only caller."""
 
 from os import PathLike
-from typing import Literal, final
+from typing import Literal, Never, final
 
 VERSION: str
 """Version of the core; vmd-sandbox refuses another than its own."""
@@ -43,7 +43,7 @@ class Core:
         """
 
     @staticmethod
-    def adopt(*, journal: str | PathLike[str], vmm_pid: int, limits: dict[str, float], seam: _Seam) -> Core | None:
+    def adopt(*, journal: str | PathLike[str], vmm_pid: int, seam: _Seam) -> Core | None:
         """Go on with the VM of this journal, which must be that of process ``vmm_pid``; None when that has exited.
 
         Raises ValueError with what was expected and what came, before anything is changed, or OSError.
@@ -83,6 +83,24 @@ class Core:
 
     def warnings(self) -> list[str]:
         """Take the lines that have gathered."""
+
+def pager_main(arguments: list[str]) -> Never:
+    """Be the pager, or its standby, to the end of this process. `vmd.pager.start` writes the arguments."""
+
+def write_journal(
+    *,
+    journal: int,
+    image: int,
+    image_path: str,
+    vmm_pid: int,
+    regions: list[tuple[int, int, int]],
+    page_size: int,
+    beside: str,
+    offsets: bytes,
+    prefetch_bytes_max: int,
+    limits: dict[str, float],
+) -> None:
+    """Write, into the file of this descriptor, the journal of a VM that is to be served; see `Core`. Raises OSError."""
 
 def write_waiting_journal(journal: int, image: int, image_path: str) -> None:
     """Write, into the file of this descriptor, a journal that waits for its VMM. Raises OSError."""

@@ -6,6 +6,7 @@ VMD_UFFD_PREFETCH_ENABLED in `plan_service`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,9 @@ from .recording import Recording, offsets_for, read_access_log, refusal
 from .settings import Settings
 from .snapshot import Snapshot
 
+IMAGE_LINK = "memory"
+"""A sandbox's own link to its image, in its directory."""
+
 Backend = Literal["uffd", "file"]
 Asked = Literal["auto", "uffd", "file"]
 
@@ -28,7 +32,7 @@ class Request:
 
     ``name``: of the template, for texts. ``access_log``: the recording that replay follows; it need
     not exist. ``record``: log the demand faults instead. ``detached``: the sandbox outlives this
-    process, with a page server process of its own; else both end with it.
+    process, served by the pager; else both end with it. ``home``: the sandbox's directory, made here.
     """
 
     sandbox_id: str
@@ -38,6 +42,24 @@ class Request:
     access_log: Path | None = None
     record: bool = False
     detached: bool = False
+    home: Path | None = None
+
+    def link_image(self) -> Path:
+        """The memory file to serve from: in ``home`` a link to it is made, which outlives the template.
+
+        Raises OSError.
+        """
+        if self.home is None:
+            return self.snapshot.memory
+        self.home.mkdir(mode=0o700, parents=True)
+        link = self.home / IMAGE_LINK
+        try:
+            link.hardlink_to(self.snapshot.memory)
+        except OSError as failure:
+            if failure.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):  # a file system may not know links
+                raise
+            return self.snapshot.memory
+        return link
 
 
 @dataclass(frozen=True, slots=True)

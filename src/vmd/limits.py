@@ -42,6 +42,15 @@ STATS_PERIOD_SECONDS = 0.2
 # SIGTERM to exit of `pages serve` (interfaces.md, "End"); waits inside it are cut shorter.
 PAGES_STOP_SECONDS = 0.5
 
+# --- pager -----------------------------------------------------------------------------------
+
+# The pager answers within a millisecond, and within its start-up of some 10 ms when it is new; it
+# may have to look through an image of many holes first.
+PAGER_REPLY_SECONDS = 10.0
+
+# The pager ends when it has had nothing to serve for so long: the next sandbox often follows at once.
+PAGER_IDLE_SECONDS = 0.5
+
 # --- recording -------------------------------------------------------------------------------
 
 # Settle detector: sample period, least time, and quiet ticks in a row that end a recording.

@@ -24,11 +24,13 @@ from . import limits
 from .backend import Backend, Choice, Request, choose_backend, plan_service, words
 from .errors import HandshakeRefused, PagesFailed, RestoreFailed, TimedOut, VmdError, VmmError
 from .pages.contract import Ended, Service
+from .pages.cores import core_name
 from .pages.detached import DetachedPages
 from .pages.server import PageServer, serve_pages
 from .settings import Settings
 from .slots import slot
 from .store import Owned, runs
+from .tasks import both, cancel, finish
 from .vmm import process
 from .vmm.process import find_firecracker
 from .vmm.vmm import Vmm
@@ -126,6 +128,7 @@ class Restored:
         self._settings = settings
         self._warn = warn
         self._at = at
+        self._memory = request.snapshot.memory
         self._owned: Owned | None = None
         self._vmm: Vmm | None = None
         self._ended: asyncio.Future[Any] | None = None
@@ -191,6 +194,8 @@ class Restored:
             self._ended.cancel()
         if isinstance(self.pages, DetachedPages):
             self.pages.forget()
+        elif self.pages is not None:
+            self.pages.close()  # the pager goes on
         self.vmm.close()
         assert self._owned is not None
         self._owned.disown()
@@ -211,6 +216,7 @@ class Restored:
         with _named(Step.DIRECTORY):
             async with registry.locked_async():
                 self._owned = registry.own(self.request.sandbox_id)
+            self._memory = self.request.link_image()
         await self._at(Step.DIRECTORY)
 
     async def _listen(self) -> None:
@@ -224,9 +230,15 @@ class Restored:
     def _start_pages(self, service: Service) -> PageServer | DetachedPages:
         snapshot, socket = self.request.snapshot, self.directory / PAGES_SOCKET
         core = self._settings.core
-        if self.request.detached:
-            return DetachedPages(socket, snapshot.memory, service, snapshot.page_size, self.directory, core=core)
-        return serve_pages(socket, snapshot.memory, lambda _: service, core=core, retry=False, warn=self._warn)
+        memory, page_size = self._memory, snapshot.page_size
+        if not self.request.detached:
+            return serve_pages(socket, memory, lambda _: service, core=core, retry=False, warn=self._warn)
+        if core_name(core) == "reference":
+            return DetachedPages(socket, memory, service, page_size, self.directory, core=core)
+        from .pager.handed import hand_over  # it imports the native core
+
+        name = self.request.sandbox_id
+        return hand_over(self._settings, name, self.directory, socket, memory, service, page_size, self._warn)
 
     async def _close_pages(self, pages: PageServer | DetachedPages) -> None:
         pages.stop()
@@ -255,11 +267,11 @@ class Restored:
             await self._at(Step.HANDSHAKE)
 
     async def _load_and_shake_hands(self, began: float, resume: bool) -> None:
-        await _both(self._load_snapshot(began, resume), self._shake_hands(began))
+        await both(self._load_snapshot(began, resume), self._shake_hands(began))
 
     async def _load_snapshot(self, began: float, resume: bool) -> None:
         snapshot = self.request.snapshot
-        path = PAGES_SOCKET if self.backend == "uffd" else str(snapshot.memory)
+        path = PAGES_SOCKET if self.backend == "uffd" else str(self._memory)
         with _named(f"{Step.LOAD} {self.request.name}"):
             await self.vmm.load(
                 snapshot.vmstate,
@@ -303,7 +315,7 @@ class Restored:
                 self._judge_handshake()
                 raise self._death()
         finally:
-            await _cancel(task, exited)
+            await cancel(task, exited)
         return task.result()
 
     def _death(self) -> VmdError:
@@ -337,38 +349,6 @@ async def _undo(restored: Restored, failure: BaseException) -> None:
         await finish(restored.close())
     except VmdError as left:  # the failure that led here is what the caller must hear of
         failure.add_note(f"undo: {left}")
-
-
-async def finish(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work`` to its end whatever happens to the caller; a cancellation is passed on afterwards."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as word:
-            cancelled = word
-    task.result()
-    if cancelled is not None:
-        raise cancelled
-
-
-async def _both(*works: Coroutine[Any, Any, None]) -> None:
-    """Wait for all; the first failure, or the caller's cancellation, ends the others at once."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in reversed(tasks):
-            if task.done():
-                task.result()
-    finally:
-        await _cancel(*tasks)
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextlib.contextmanager

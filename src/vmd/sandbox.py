@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,11 +21,16 @@ from typing import Any
 from . import template as templates
 from .backend import Asked, Request
 from .errors import NotFound, UsageError, VmdError
+from .pager import look
+from .pager.control import PagerGone
+from .pager.start import LOG, request, running, unserved
 from .pages.detached import DetachedPages, read_stats
-from .restore import Restored, finish, restore
+from .pages.server import PageServer
+from .restore import Restored, restore
 from .settings import Settings
 from .states import State, guard, observed
 from .store import RECORD, Registry, read_json, write_json
+from .tasks import finish
 from .template import Template
 from .vmm import process
 from .vmm.console import Console
@@ -61,7 +67,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What ``sandbox.json`` holds. ``pages`` is None under the File backend; times in ms."""
+    """What ``sandbox.json`` holds; times in ms.
+
+    Who serves its pages: the pager, by ``journal``; or the process ``pages``; or, under the File backend, nobody.
+    ``replay_skipped`` and ``replay_refused``: see `vmd.pages.contract.Service`.
+    """
 
     id: str
     template: str
@@ -74,6 +84,9 @@ class Record:
     boot_id: str
     vmm: Process
     pages: Process | None
+    journal: str | None = None
+    replay_skipped: int = 0
+    replay_refused: str | None = None
 
     def save(self) -> dict[str, Any]:
         """As it is written."""
@@ -119,6 +132,10 @@ class Sandbox:
             return State.DEAD
         return observed(vmm_alive=record.vmm.alive(), pages_alive=self._pages_alive())
 
+    def is_left(self) -> bool:
+        """Whether the pager should serve it, and nobody does."""
+        return self.record.journal is not None and self.state() is State.FROZEN
+
     async def ask(self, line: str, seconds: float) -> str:
         """One command line to the guest's console; its answer.
 
@@ -133,11 +150,17 @@ class Sandbox:
         """The page server's ``--stats`` object, at most 200 ms old; None where there is none."""
         if self._restored is not None:
             return self._restored.pages.stats() if self._restored.pages else None
+        if self.record.journal is not None:
+            return self._journal_stats(Path(self.record.journal))
         return (read_stats(Path(self.record.directory)) or None) if self.record.pages else None
 
     def describe(self) -> dict[str, Any]:
         """The object of ``vmd ls`` and ``vmd create``: what interfaces.md names, the state, and the record."""
         record = self.record
+        pages_pid = record.pages.pid if record.pages else None
+        if record.journal is not None:
+            with contextlib.suppress(VmdError):
+                pages_pid = look.read(Path(record.journal)).server_pid
         return {
             "id": record.id,
             "state": str(self.state()),
@@ -146,7 +169,7 @@ class Sandbox:
             "backend": record.backend,
             "backend_reason": record.backend_reason,
             "vmm_pid": record.vmm.pid,
-            "pages_pid": record.pages.pid if record.pages else None,
+            "pages_pid": pages_pid,
             "created_at": record.created_at,
             "timings_ms": record.timings_ms,
         }
@@ -170,9 +193,20 @@ class Sandbox:
             with contextlib.suppress(FileNotFoundError):
                 await asyncio.to_thread(shutil.rmtree, directory)
 
+    def _journal_stats(self, journal: Path) -> dict[str, Any] | None:
+        control = running(self._settings)
+        if control is not None:
+            with control, contextlib.suppress(VmdError, PagerGone):
+                control.publish(self.id)
+        with contextlib.suppress(VmdError):
+            return look.read(journal).report(self.record.replay_skipped, self.record.replay_refused)
+        return None
+
     def _pages_alive(self) -> bool:
         if self._restored is not None:
             return self._restored.pages_alive()
+        if self.record.journal is not None:
+            return look.is_served(Path(self.record.journal))
         return self.record.pages is None or self.record.pages.alive()
 
 
@@ -191,19 +225,25 @@ async def create(
     """
     _reap()
     found = templates.load(settings, template)
-    request = Request(_new_id(), found.name, found.snapshot, backend, access_log=found.access_log, detached=detached)
-    restored = await restore(request, settings, warn=warn)
+    sandbox_id = _new_id()
+    home = _homes(settings).make() / sandbox_id
+    request = Request(
+        sandbox_id, found.name, found.snapshot, backend, access_log=found.access_log, detached=detached, home=home
+    )
+    try:
+        restored = await restore(request, settings, warn=warn)
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
     try:
         record = _record(found, restored)
-        home = _homes(settings).make() / record.id
-        home.mkdir(mode=0o700)
         write_json(home / RECORD, record.save())
         if detached:
             restored.forget()
             _children.update(child for child in (record.vmm, record.pages) if child is not None)
     except BaseException:
         await finish(restored.close())
-        shutil.rmtree(_home(settings, request.sandbox_id), ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
         raise
     return Sandbox(settings, record, None if detached else restored)
 
@@ -221,6 +261,22 @@ def list_all(settings: Settings, warn: Callable[[str], None] = lambda line: None
     return sorted(found, key=lambda sandbox: (sandbox.record.created_at, sandbox.id))
 
 
+def recover(settings: Settings, warn: Callable[[str], None] = lambda line: None) -> None:
+    """Have VMs served again whose pager and standby died together; kill those that cannot be.
+
+    The new pager finds them by their journals, and kills what it finds but cannot adopt. Here end those
+    whose journal does not even say which VMM it is of: silence is what must not happen.
+    """
+    if not unserved(settings) or not any(sandbox.is_left() for sandbox in list_all(settings)):
+        return
+    request(settings, lambda control: control.status())  # answered when all have been adopted
+    for sandbox in [sandbox for sandbox in list_all(settings) if sandbox.is_left()]:
+        if (pidfd := process.find(sandbox.record.vmm.pid, sandbox.record.vmm.start_time)) is not None:
+            warn(f"sandbox {sandbox.id}: nobody can serve its pages: its VMM is killed; see {settings.run_dir / LOG}")
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+
 def find(settings: Settings, prefix: str) -> Sandbox:
     """The sandbox of this id, or the only one whose id begins so. Raises `NotFound`, `UsageError`."""
     homes = _homes(settings)
@@ -234,6 +290,7 @@ def find(settings: Settings, prefix: str) -> Sandbox:
 
 
 def _record(template: Template, restored: Restored) -> Record:
+    served = restored.pages.replay() if isinstance(restored.pages, PageServer) else None
     return Record(
         id=restored.request.sandbox_id,
         template=template.name,
@@ -246,12 +303,21 @@ def _record(template: Template, restored: Restored) -> Record:
         boot_id=_boot_id(),
         vmm=Process(restored.vmm.pid, restored.vmm.start_time),
         pages=_server_of(restored),
+        journal=_journal_of(restored),
+        replay_skipped=served.skipped if served else 0,
+        replay_refused=served.refused if served else None,
     )
 
 
+def _journal_of(restored: Restored) -> str | None:
+    """The journal by which the pager serves it."""
+    in_pager = restored.request.detached and isinstance(restored.pages, PageServer)
+    return str(restored.directory / look.JOURNAL) if in_pager else None
+
+
 def _server_of(restored: Restored) -> Process | None:
-    """The process that serves its pages: one of its own, or this one."""
-    if restored.pages is None:
+    """The process that serves its pages, where it is no pager: one of its own, or this one."""
+    if restored.pages is None or _journal_of(restored) is not None:
         return None
     pid = restored.pages.pid if isinstance(restored.pages, DetachedPages) else os.getpid()
     return Process(pid, process.start_time(pid), shared=pid == os.getpid())

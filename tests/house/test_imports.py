@@ -14,7 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"errors", "limits", "states"},
+            {"errors", "limits", "states", "tasks"},
             {"host", "settings", "store"},
             {"guest", "pager", "pages", "recording", "slots", "snapshot", "vmm", "workingset"},
             {"backend"},

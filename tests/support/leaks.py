@@ -119,9 +119,9 @@ def mounts(words: tuple[bytes, ...]) -> list[str]:
 
 
 def entries(folder: Path) -> Iterator[str]:
-    """What lies in ``folder``, at any depth, but for empty directories and lock files."""
+    """What lies in ``folder``, at any depth, but for empty directories, lock files and the pager's log, which stays."""
     for path in sorted(folder.rglob("*")):
-        if not path.name.endswith(".lock") and (path.is_symlink() or not path.is_dir()):
+        if not path.name.endswith((".lock", "pager.log")) and (path.is_symlink() or not path.is_dir()):
             yield str(path.relative_to(folder))
 
 

@@ -20,6 +20,7 @@ import pytest
 from vmd import slots
 from vmd import template as templates
 from vmd.backend import Request
+from vmd.pager import start
 from vmd.settings import Settings
 from vmd.template import Shape, Template
 
@@ -175,9 +176,24 @@ def vmms_in(directory: Path) -> list[int]:
     return found
 
 
+SHARED = (slots.FILE, start.SOCKET, start.LOCK, start.LOG)
+
+
+def pager_pids(settings: Settings) -> dict[str, int]:
+    """The pids of ``pager`` and, when it is ready, ``standby``."""
+    control = start.running(settings)
+    assert control is not None
+    with control:
+        words = [line.split() for line in control.status().splitlines()]
+    return {word[0]: int(word[1]) for word in words if word[0] == "pager" or word[2:] == ["ready"]}
+
+
 def left_in(settings: Settings) -> list[str]:
-    """What a restore would have left: VMMs, entries of the run directory, records of sandboxes."""
+    """What a restore would have left: VMMs, entries of the run directory, records of sandboxes.
+
+    The pager is nobody's own: it ends when it has had nothing to serve for a while, and its files with it.
+    """
     left = [f"vmm {pid}" for pid in vmms_in(settings.run_dir)]
     for directory in (settings.run_dir, settings.state_dir / "sandboxes"):
-        left += [str(path) for path in directory.glob("*") if path.name != slots.FILE]
+        left += [str(path) for path in directory.glob("*") if path.name not in SHARED]
     return left

@@ -12,7 +12,7 @@ use std::{ffi::OsStr, io};
 use crate::body::{Body, ImageId};
 use crate::core::{Parts, Seam};
 use crate::journal::Journal;
-use crate::vm::{Limits, Process};
+use crate::vm::Process;
 use crate::{host, journal};
 
 /// What an adopted VM is served with.
@@ -27,25 +27,54 @@ pub struct Found {
 
 impl Found {
     /// To serve it; None when the VMM has exited. From here on the journal changes.
-    pub fn into_parts(self, limits: Limits, seam: Seam) -> io::Result<Option<Parts>> {
+    pub fn into_parts(self, seam: Seam) -> io::Result<Option<Parts>> {
         let Some(uffd) = self.uffd else { return Ok(None) };
         let journal = Journal::open(self.journal, &self.body)?;
         let (pidfd, image) = (Some(self.pidfd), self.image);
-        Ok(Some(Parts { uffd, pidfd, image, journal, body: self.body, limits, taken_over: true, seam }))
+        Ok(Some(Parts { uffd, pidfd, image, journal, body: self.body, taken_over: true, name: None, seam }))
+    }
+}
+
+/// Why a VM is not adopted.
+pub struct Refused {
+    pub why: String,
+    /// Another page server is alive on it.
+    pub served: bool,
+    /// Of a VMM that is frozen, and that nobody can serve.
+    frozen: Option<OwnedFd>,
+}
+
+impl Refused {
+    /// SIGKILL to the VMM, if it is one that would hang for ever. Whether it was.
+    pub fn kill(&self) -> bool {
+        let pidfd = self.frozen.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        let frozen = pidfd.is_some();
+        Process { pidfd, pid: 0 }.kill();
+        frozen
+    }
+}
+
+impl From<String> for Refused {
+    fn from(why: String) -> Self {
+        Self { why, served: false, frozen: None }
     }
 }
 
 /// Look for everything. `pid`: the VMM that the caller means; None takes the journal's word.
-pub fn find(path: &Path, pid: Option<u32>) -> Result<Found, String> {
+pub fn find(path: &Path, pid: Option<u32>) -> Result<Found, Refused> {
     let refused = |why: String| format!("journal {}: {why}", path.display());
     let file = open_journal(path).map_err(|error| refused(words(&error)))?;
     if !host::lock(&file).map_err(|error| refused(words(&error)))? {
-        return Err(refused("locked: another page server is alive on it".into()));
+        let why = refused("locked: another page server is alive on it".into());
+        return Err(Refused { why, served: true, frozen: None });
     }
     let body = journal::read(&file).map_err(|refusal| refused(refusal.0))?;
     let pidfd = find_process(&body, pid).map_err(refused)?;
-    let image = find_image(&body.image)?;
-    let uffd = find_uffd(body.vmm_pid, &pidfd)?;
+    let rest = find_image(&body.image).and_then(|image| Ok((image, find_uffd(body.vmm_pid, &pidfd)?)));
+    let (image, uffd) = match rest {
+        Ok(rest) => rest,
+        Err(why) => return Err(Refused { why, served: false, frozen: Some(pidfd) }),
+    };
     Ok(Found { body, journal: file, image, pidfd, uffd })
 }
 

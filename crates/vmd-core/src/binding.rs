@@ -1,6 +1,6 @@
 //! The Python class: configuration in, counters out. No page passes through here.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -18,6 +18,8 @@ use crate::core::{Core, Parts};
 use crate::demand::Ended;
 use crate::host;
 use crate::journal::{self, Journal};
+use crate::pager;
+use crate::plan::Beside;
 use crate::regions::Region;
 use crate::stats::Counters;
 
@@ -54,17 +56,8 @@ impl PyCore {
         seam: PySeam,
     ) -> PyResult<Self> {
         let (beside, seam) = (parse_beside(beside, offsets, prefetch_bytes_max)?, seam.parse()?);
-        let regions = regions.into_iter().map(|(base, size, offset)| Region { base, size, offset }).collect();
         let image = File::from(copied(image)?);
-        let body = Body {
-            boot_id: host::boot_id()?,
-            vmm_pid,
-            vmm_start: host::start_ticks(vmm_pid).unwrap_or(0), // 0: it has gone already
-            page_size,
-            regions,
-            beside,
-            image: adopt::image_id(&image, image_path.as_bytes())?,
-        };
+        let body = body(vmm_pid, &image, &image_path, regions, page_size, beside, &limits)?;
         let journal = match journal {
             -1 => Journal::private(&body)?,
             fd => Journal::create(copied(fd)?.into(), &body)?,
@@ -75,8 +68,8 @@ impl PyCore {
             image: image.into(),
             journal,
             body,
-            limits: limits.parse(),
             taken_over: false,
+            name: None,
             seam,
         };
         Self::build(py, parts)
@@ -84,10 +77,11 @@ impl PyCore {
 
     /// Go on with the VM of a journal.
     #[staticmethod]
-    #[pyo3(signature = (*, journal, vmm_pid, limits, seam))]
-    fn adopt(py: Python<'_>, journal: PathBuf, vmm_pid: u32, limits: PyLimits, seam: PySeam) -> PyResult<Option<Self>> {
-        let found = py.detach(|| adopt::find(&journal, Some(vmm_pid))).map_err(PyValueError::new_err)?;
-        let parts = found.into_parts(limits.parse(), seam.parse()?)?;
+    #[pyo3(signature = (*, journal, vmm_pid, seam))]
+    fn adopt(py: Python<'_>, journal: PathBuf, vmm_pid: u32, seam: PySeam) -> PyResult<Option<Self>> {
+        let found = py.detach(|| adopt::find(&journal, Some(vmm_pid)));
+        let found = found.map_err(|refused| PyValueError::new_err(refused.why))?;
+        let parts = found.into_parts(seam.parse()?)?;
         parts.map(|parts| Self::build(py, parts)).transpose()
     }
 
@@ -154,6 +148,27 @@ impl PyCore {
     }
 }
 
+fn body(
+    vmm_pid: u32,
+    image: &File,
+    image_path: &OsStr,
+    regions: Vec<(u64, u64, u64)>,
+    page_size: u64,
+    beside: Beside,
+    limits: &PyLimits,
+) -> PyResult<Body> {
+    Ok(Body {
+        boot_id: host::boot_id()?,
+        vmm_pid,
+        vmm_start: host::start_ticks(vmm_pid).unwrap_or(0), // 0: it has gone already
+        page_size,
+        regions: regions.into_iter().map(|(base, size, offset)| Region { base, size, offset }).collect(),
+        beside,
+        image: adopt::image_id(image, image_path.as_bytes())?,
+        limits: limits.parse(),
+    })
+}
+
 /// Our own copy of a descriptor that the caller keeps.
 fn copied(fd: RawFd) -> PyResult<OwnedFd> {
     if fd < 0 {
@@ -213,12 +228,40 @@ mod vmd_core {
     #[pymodule_export]
     const PROFILE: &str = if cfg!(debug_assertions) { "debug" } else { "release" };
 
+    /// Be the pager, or a standby, to the end.
+    #[pyfunction]
+    fn pager_main(py: Python<'_>, arguments: Vec<String>) {
+        py.detach(|| pager::main(arguments));
+    }
+
     /// Write a journal that waits for its VMM.
     #[pyfunction]
     fn write_waiting_journal(journal: RawFd, image: RawFd, image_path: OsString) -> PyResult<()> {
         let (journal, image) = (File::from(copied(journal)?), File::from(copied(image)?));
         let image = adopt::image_id(&image, image_path.as_bytes())?;
-        let body = Body::waiting(host::boot_id()?, image);
+        Ok(journal::write(&journal, &Body::waiting(host::boot_id()?, image))?)
+    }
+
+    /// Write the journal of a VM that a pager is to serve.
+    #[pyfunction]
+    #[pyo3(signature = (*, journal, image, image_path, vmm_pid, regions, page_size, beside, offsets,
+                        prefetch_bytes_max, limits))]
+    #[allow(clippy::too_many_arguments)] // keyword-only in Python
+    fn write_journal(
+        journal: RawFd,
+        image: RawFd,
+        image_path: OsString,
+        vmm_pid: u32,
+        regions: Vec<(u64, u64, u64)>,
+        page_size: u64,
+        beside: &str,
+        offsets: &[u8],
+        prefetch_bytes_max: u64,
+        limits: PyLimits,
+    ) -> PyResult<()> {
+        let (journal, image) = (File::from(copied(journal)?), File::from(copied(image)?));
+        let beside = parse_beside(beside, offsets, prefetch_bytes_max)?;
+        let body = body(vmm_pid, &image, &image_path, regions, page_size, beside, &limits)?;
         Ok(journal::write(&journal, &body)?)
     }
 

@@ -1,14 +1,17 @@
 //! What a journal says that never changes: which VM, which memory, which image, what to install.
 
+use std::time::Duration;
+
 use crate::journal::TAIL_AT;
 use crate::plan::Beside;
 use crate::regions::Region;
+use crate::vm::Limits;
 
 const MAGIC: &[u8; 8] = b"vmdjrnl\0";
 const VERSION: u32 = 1;
 const CHECKED_AT: usize = 24;
 pub const FIXED_BYTES: usize = CHECKED_AT + 8 + 16 + WORDS * 8;
-const WORDS: usize = 12;
+const WORDS: usize = 17;
 const REGION_BYTES: usize = 24;
 
 /// Bounds that a journal of ours keeps; whatever else is in a file, no more than this is allocated for it.
@@ -41,13 +44,14 @@ pub struct Body {
     pub regions: Vec<Region>,
     pub beside: Beside,
     pub image: ImageId,
+    pub limits: Limits,
 }
 
 impl Body {
     /// Before the handshake.
     pub fn waiting(boot_id: [u8; 16], image: ImageId) -> Self {
         let (regions, beside) = (Vec::new(), Beside::Nothing);
-        Self { boot_id, vmm_pid: 0, vmm_start: 0, page_size: 4096, regions, beside, image }
+        Self { boot_id, vmm_pid: 0, vmm_start: 0, page_size: 4096, regions, beside, image, limits: Limits::default() }
     }
 
     pub fn pages(&self) -> usize {
@@ -80,9 +84,10 @@ impl Body {
         let before = [self.vmm_pid.into(), self.vmm_start, self.page_size, self.regions.len() as u64];
         let plan = [beside, offsets, bytes_max];
         let file = [image.device, image.inode, image.size, image.mtime_ns as u64, image.path.len() as u64];
+        let limits = limit_words(&self.limits);
         let mut checked = (len as u64).to_le_bytes().to_vec();
         checked.extend_from_slice(&self.boot_id);
-        for word in before.into_iter().chain(plan).chain(file) {
+        for word in before.into_iter().chain(plan).chain(file).chain(limits) {
             checked.extend_from_slice(&word.to_le_bytes());
         }
         let mut bytes = MAGIC.to_vec();
@@ -114,8 +119,7 @@ impl Head {
         }
         let words = std::array::from_fn(|at| word(fixed, CHECKED_AT + 24 + at * 8));
         let head = Self { words, file_bytes: word(fixed, CHECKED_AT), size };
-        let [.., path] = head.words;
-        if head.regions() > REGIONS_MAX || head.offsets() > PLAN_MAX || path > PATH_BYTES_MAX {
+        if head.regions() > REGIONS_MAX || head.offsets() > PLAN_MAX || head.path() > PATH_BYTES_MAX {
             return Err(Refusal("corrupt: a length beyond its bound".into()));
         }
         Ok(head)
@@ -123,13 +127,13 @@ impl Head {
 
     pub fn tail_bytes(&self) -> usize {
         let most = (self.size as usize).saturating_sub(TAIL_AT); // what is not there is not allocated for
-        tail_bytes(self.words[11] as usize, self.regions() as usize, self.offsets() as usize).min(most)
+        tail_bytes(self.path() as usize, self.regions() as usize, self.offsets() as usize).min(most)
     }
 
     /// Check all of it.
     pub fn with_tail(self, fixed: &[u8; FIXED_BYTES], tail: &[u8]) -> Result<Body, Refusal> {
-        let [vmm_pid, vmm_start, page_size, regions, beside, offsets, bytes_max, device, inode, size, mtime, path] =
-            self.words;
+        let [vmm_pid, vmm_start, page_size, regions, beside, offsets, bytes_max, ..] = self.words;
+        let [.., device, inode, size, mtime, path, _, _, _, _, _] = self.words;
         if tail.len() != tail_bytes(path as usize, regions as usize, offsets as usize) {
             return Err(Refusal(format!("truncated: {} bytes", self.size)));
         }
@@ -152,7 +156,8 @@ impl Head {
         let image = ImageId { device, inode, size, mtime_ns: mtime as i64, path: tail[..path as usize].to_vec() };
         let boot_id = fixed[CHECKED_AT + 8..CHECKED_AT + 24].try_into().expect("16 bytes");
         let vmm_pid = u32::try_from(vmm_pid).map_err(|_| corrupt())?;
-        let body = Body { boot_id, vmm_pid, vmm_start, page_size, regions, beside, image };
+        let limits = limits_of(&self.words).ok_or_else(corrupt)?;
+        let body = Body { boot_id, vmm_pid, vmm_start, page_size, regions, beside, image, limits };
         if is_possible(&body) { Ok(body) } else { Err(corrupt()) }
     }
 
@@ -163,6 +168,31 @@ impl Head {
     fn offsets(&self) -> u64 {
         self.words[5]
     }
+
+    fn path(&self) -> u64 {
+        self.words[11]
+    }
+}
+
+fn limit_words(limits: &Limits) -> [u64; 5] {
+    [
+        limits.fault_unserved.as_millis() as u64,
+        limits.exit_wait.as_millis() as u64,
+        limits.image_read_tries.into(),
+        limits.poison_lines_max,
+        limits.memory_floor_percent,
+    ]
+}
+
+fn limits_of(words: &[u64; WORDS]) -> Option<Limits> {
+    let [.., fault_unserved, exit_wait, tries, poison_lines_max, memory_floor_percent] = *words;
+    Some(Limits {
+        fault_unserved: Duration::from_millis(fault_unserved),
+        exit_wait: Duration::from_millis(exit_wait),
+        image_read_tries: u32::try_from(tries).ok()?,
+        poison_lines_max,
+        memory_floor_percent,
+    })
 }
 
 /// What a handshake is checked for, checked again: a file may lie.
@@ -213,7 +243,16 @@ mod tests {
         let possible = |regions: &[(u64, u64, u64)], offsets: &[u64], page_size| {
             let regions = regions.iter().map(|&(base, size, offset)| Region { base, size, offset }).collect();
             let (beside, image) = (Beside::Replay(offsets.to_vec()), image.clone());
-            is_possible(&Body { boot_id: [0; 16], vmm_pid: 1, vmm_start: 1, page_size, regions, beside, image })
+            is_possible(&Body {
+                boot_id: [0; 16],
+                vmm_pid: 1,
+                vmm_start: 1,
+                page_size,
+                regions,
+                beside,
+                image,
+                limits: Limits::default(),
+            })
         };
         assert!(possible(&[(0x8000, 0x2000, 0x1000), (0x4000, 0x4000, 0x3000)], &[0x1000], 4096));
         assert!(!possible(&[(0x8000, 0x2000, 0)], &[], 8192));

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+use crate::crash;
 use crate::image::Image;
 use crate::vm::{EventFd, Outside};
 
@@ -68,7 +69,7 @@ impl ColdReads {
         if outstanding > self.threads.len() && self.threads.len() < THREADS_MAX {
             let desk = Arc::clone(&self.desk);
             let thread = std::thread::Builder::new().name("vmd-cold".into()).stack_size(64 << 10);
-            match thread.spawn(move || desk.outside.cpu.measure(|| desk.work())) {
+            match thread.spawn(move || desk.serve()) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) if self.threads.is_empty() => return Err(error),
                 Err(_) => {} // those that there are will read it
@@ -101,6 +102,11 @@ impl Drop for ColdReads {
 }
 
 impl Desk {
+    fn serve(&self) {
+        let crashes = &self.outside.journal.live().crashes;
+        crash::attribute(crashes, || self.outside.cpu.measure(|| self.work()));
+    }
+
     fn work(&self) {
         let mut papers = self.papers.lock().unwrap();
         loop {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crate::body::Body;
+use crate::crash;
 use crate::death::Death;
 use crate::demand::Ended;
 use crate::faults;
@@ -17,7 +18,7 @@ use crate::plan::{Beside, Runs, recorded, sequential};
 use crate::regions::Regions;
 use crate::stats::Counters;
 use crate::uffd::{Injection, Uffd};
-use crate::vm::{Gate, Limits, Outside, Process, Vm};
+use crate::vm::{Gate, Outside, Process, Vm};
 
 /// Fault threads are many, one a VM, and shallow.
 const STACK_BYTES: usize = 128 << 10;
@@ -30,9 +31,10 @@ pub struct Parts {
     pub image: OwnedFd,
     pub journal: Journal,
     pub body: Body,
-    pub limits: Limits,
     /// Another page server has served it before.
     pub taken_over: bool,
+    /// In a pager: what its threads and its lines in the log are called by.
+    pub name: Option<String>,
     pub seam: Seam,
 }
 
@@ -57,18 +59,14 @@ enum Life {
 
 impl Core {
     pub fn new(parts: Parts) -> std::io::Result<Self> {
-        let outside = Arc::new(Outside::new(parts.journal)?);
-        let live = outside.journal.live();
-        live.server_pid.store(std::process::id().into(), Ordering::Relaxed);
-        live.takeovers.fetch_add(parts.taken_over.into(), Ordering::Relaxed);
-        live.ended.store(0, Ordering::Relaxed);
+        let outside = Arc::new(Outside::new(parts.journal, parts.name)?);
         let vm = Vm {
             uffd: Uffd::new(parts.uffd, parts.seam.injections),
             image: Arc::new(Image::new(parts.image)),
             regions: Regions::new(parts.body.regions, parts.body.page_size),
             gate: Gate::default(),
             process: Process { pidfd: parts.pidfd, pid: parts.body.vmm_pid },
-            limits: parts.limits,
+            limits: parts.body.limits,
             ending: AtomicBool::new(false),
             death: parts.seam.death,
             taken_over: parts.taken_over,
@@ -85,16 +83,19 @@ impl Core {
         }
         // Should no thread be had, the VM is dropped with the closure, and has stopped.
         let Life::Ready(ready) = std::mem::replace(&mut *life, Life::Over(Ended::Stopped)) else { unreachable!() };
+        let name = self.outside.thread_name("vmd-faults");
         let run = move || {
             let (vm, beside) = *ready;
             let outside = Arc::clone(&vm.outside);
-            let ended = serve(&vm, beside);
+            let ended = crash::attribute(&outside.journal.live().crashes, || serve(&vm, beside));
             drop(vm); // descriptors are closed, and the journal is free, before anybody hears of the end
-            outside.journal.unlock();
+            if !outside.handing_over.load(Ordering::Relaxed) {
+                outside.journal.unlock();
+            }
             outside.ended.set();
             ended
         };
-        let thread = std::thread::Builder::new().name("vmd-faults".into()).stack_size(STACK_BYTES).spawn(run)?;
+        let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(run)?;
         *life = Life::Running(thread);
         Ok(())
     }
@@ -110,6 +111,12 @@ impl Core {
     /// Stop dead; returns at once.
     pub fn kill(&self) {
         self.outside.kill();
+    }
+
+    /// Ask for the end; returns at once. Whoever else has a copy of the journal keeps it locked.
+    pub fn hand_over(&self) {
+        self.outside.handing_over.store(true, Ordering::Relaxed);
+        self.stop();
     }
 
     /// Ask for the end; returns at once.
@@ -137,6 +144,7 @@ impl Core {
 /// Run the fault thread here and the filler beside it, until both have ended.
 fn serve(vm: &Vm, beside: Beside) -> Ended {
     let record = matches!(beside, Beside::Record);
+    vm.outside.journal.begin(vm.taken_over);
     let work = || {
         if vm.taken_over {
             vm.take_over();
@@ -144,7 +152,9 @@ fn serve(vm: &Vm, beside: Beside) -> Ended {
         std::thread::scope(|scope| {
             if matches!(beside, Beside::Replay(_) | Beside::Sequential(_)) {
                 let filler = std::thread::Builder::new().name("vmd-install".into()).stack_size(STACK_BYTES);
-                if let Err(error) = filler.spawn_scoped(scope, || run_filler(vm, beside)) {
+                let crashes = &vm.outside.journal.live().crashes;
+                let fill = || crash::attribute(crashes, || run_filler(vm, beside));
+                if let Err(error) = filler.spawn_scoped(scope, fill) {
                     vm.outside.warn(format!("no replay, no prefetch: {error}"));
                 }
             }

@@ -1,10 +1,13 @@
 //! What the host knows: this boot, a process by its start time, the descriptors that it holds.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
-const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+/// What the link of a userfaultfd in /proc says.
+pub const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 const START_TIME_FIELD: usize = 22; // proc(5), counted from 1
 
 /// The random id of this boot: pids and start times of another one mean nothing.
@@ -43,6 +46,17 @@ pub fn userfaultfds(pid: u32) -> io::Result<Vec<RawFd>> {
     Ok(found)
 }
 
+/// The link in /proc of one of our own descriptors.
+pub fn own_fd(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Whose pidfd this is; None when it is none, or its process has been reaped.
+pub fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+}
+
 /// pidfd_getfd(2): a copy of another process's descriptor. Needs ptrace permission.
 pub fn pidfd_getfd(pidfd: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed; the new descriptor is owned here and nowhere else.
@@ -59,6 +73,13 @@ pub fn lock(file: &fs::File) -> io::Result<bool> {
             error => Err(error),
         },
     }
+}
+
+/// Open a lock file and lock it. None: somebody else has it, or has just removed it.
+pub fn lock_file(path: &Path) -> io::Result<Option<fs::File>> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let ours = lock(&file)? && file.metadata()?.nlink() > 0;
+    Ok(ours.then_some(file))
 }
 
 /// Give up the lock, for all who share this open file.

@@ -13,7 +13,8 @@
 //!     24  file bytes, boot id [16], VMM's pid and start time (clock ticks),
 //!         page size, number of regions (0: no handshake yet), what goes on beside demand, number
 //!         of planned offsets, bound of the prefetch, the image's device, inode, size and mtime (ns),
-//!         length of its path
+//!         length of its path; limits: unserved fault (ms), VMM's exit (ms), tries of a read,
+//!         lines of lost pages, floor of free memory (percent)
 //!   1024  live: takeovers, crashes, server's pid, end, clocks, intent, counters (u64 each)
 //!   2048  ring: 64 slots of 32 bytes, each a `struct uffd_msg`; event 0 = clear
 //!   4096  latency histogram
@@ -33,9 +34,11 @@ use std::time::Duration;
 
 use crate::abi::Message;
 use crate::body::{Body, FIXED_BYTES, Refusal};
+use crate::demand::Ended;
 use crate::host;
+use crate::live::Live;
 use crate::states::{self, States};
-use crate::stats::{Counters, Histogram, monotonic};
+use crate::stats::{Histogram, monotonic};
 
 pub const SLOTS: usize = 64;
 const LIVE_AT: usize = 1024;
@@ -49,48 +52,6 @@ const ALIGN: usize = 4096;
 const _: () = assert!(FIXED_BYTES <= LIVE_AT && LIVE_AT + size_of::<Live>() <= RING_AT);
 const _: () = assert!(RING_AT + SLOTS * size_of::<Message>() <= LATENCY_AT);
 const _: () = assert!(LATENCY_AT + size_of::<Histogram>() <= INCIDENT_AT);
-
-/// What changes while a VM is served, but for ring and page states.
-#[repr(C)]
-#[derive(Default)]
-pub struct Live {
-    /// How often another process went on with it.
-    pub takeovers: AtomicU64,
-    /// Page servers that crashed in a thread of this VM.
-    pub crashes: AtomicU64,
-    pub server_pid: AtomicU64,
-    /// 0 while it is served; else `Ended` as a number.
-    pub ended: AtomicU64,
-    pub cpu_ns: AtomicU64,
-    /// When the oldest unserved fault was read (CLOCK_MONOTONIC, ns); 0 = there is none.
-    pub oldest_ns: AtomicU64,
-    pub replay_pages: AtomicU64,
-    pub replay_done: AtomicU64,
-    pub intent: Intent,
-    pub counters: Counters,
-}
-
-/// The install that is under way. After a kill the pages of this one alone may be in without
-/// being noted, or noted without being counted. There is never more than one: who installs holds
-/// the gate.
-#[repr(C)]
-#[derive(Default)]
-pub struct Intent {
-    first: AtomicU64,
-    pages: AtomicU64,
-    /// What the counter was before.
-    before: AtomicU64,
-    /// Which counter, counted from 1; 0 = nothing is under way.
-    counter: AtomicU64,
-}
-
-/// An install that its page server did not live to finish.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unfinished {
-    pub pages: std::ops::Range<usize>,
-    pub before: u64,
-    pub counter: usize,
-}
 
 /// A mapped journal. Whoever has it shares the one mapping; dropped with the last of them.
 pub struct Journal {
@@ -186,27 +147,13 @@ impl Journal {
 
     /// Note which pages are about to be installed, and counted by counter number `counter`.
     pub fn intend(&self, pages: &std::ops::Range<usize>, counter: usize) {
-        let intent = &self.live().intent;
         let before = self.live().counters.by_number(counter).load(Ordering::Relaxed);
-        intent.first.store(pages.start as u64, Ordering::Relaxed);
-        intent.pages.store(pages.len() as u64, Ordering::Relaxed);
-        intent.before.store(before, Ordering::Relaxed);
-        intent.counter.store(counter as u64 + 1, Ordering::Release);
+        self.live().intent.set(pages, counter, before);
     }
 
     /// It has been noted and counted.
     pub fn intend_nothing(&self) {
-        self.live().intent.counter.store(0, Ordering::Release);
-    }
-
-    /// What was under way when the last page server died. Believed only inside the VM's pages.
-    pub fn unfinished(&self, pages: usize) -> Option<Unfinished> {
-        let intent = &self.live().intent;
-        let counter = (intent.counter.load(Ordering::Acquire) as usize).checked_sub(1)?;
-        let first = intent.first.load(Ordering::Relaxed) as usize;
-        let end = first.checked_add(intent.pages.load(Ordering::Relaxed) as usize)?;
-        let before = intent.before.load(Ordering::Relaxed);
-        (counter < Counters::COUNT && end <= pages).then_some(Unfinished { pages: first..end, before, counter })
+        self.live().intent.clear();
     }
 
     /// Age of the oldest fault not yet served.
@@ -215,6 +162,20 @@ impl Journal {
             0 => None,
             ns => Some(monotonic().saturating_sub(Duration::from_nanos(ns))),
         }
+    }
+
+    /// A page server begins to serve.
+    pub fn begin(&self, taken_over: bool) {
+        let live = self.live();
+        live.server_pid.store(std::process::id().into(), Ordering::Relaxed);
+        live.takeovers.fetch_add(taken_over.into(), Ordering::Relaxed);
+        live.ended.store(0, Ordering::Relaxed);
+    }
+
+    /// It will not be served any more, and its VMM is to be killed.
+    pub fn give_up(&self, why: &str) {
+        self.note_incident(why);
+        self.live().ended.store(Ended::Failed(String::new()).number(), Ordering::Release);
     }
 
     /// Keep the words of the last thing that went wrong, for whoever looks.
@@ -315,10 +276,12 @@ fn allocate(file: &File, len: usize) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use crate::body::ImageId;
-    use crate::host;
+    use crate::live::Unfinished;
     use crate::plan::Beside;
     use crate::regions::Region;
     use crate::states::State;
+    use crate::stats::Counters;
+    use crate::vm::Limits;
 
     const PAGE: u64 = 4096;
 
@@ -329,7 +292,14 @@ mod tests {
         ];
         let beside = Beside::Replay(vec![3 * PAGE, 0, 7 * PAGE]);
         let image = ImageId { device: 1, inode: 2, size: 64 * PAGE, mtime_ns: -3, path: b"/images/memory".to_vec() };
-        Body { boot_id: [7; 16], vmm_pid: 42, vmm_start: 4711, page_size: PAGE, regions, beside, image }
+        let limits = Limits {
+            fault_unserved: Duration::from_secs(10),
+            exit_wait: Duration::from_secs(30),
+            image_read_tries: 3,
+            poison_lines_max: 4,
+            memory_floor_percent: 5,
+        };
+        Body { boot_id: [7; 16], vmm_pid: 42, vmm_start: 4711, page_size: PAGE, regions, beside, image, limits }
     }
 
     fn file() -> File {
@@ -389,9 +359,9 @@ mod tests {
         let journal = Journal::private(&body()).unwrap();
         journal.intend(&(60..64), Counters::ZERO);
         let unfinished = Unfinished { pages: 60..64, before: 0, counter: Counters::ZERO };
-        assert_eq!(journal.unfinished(64), Some(unfinished));
-        assert_eq!(journal.unfinished(63), None);
+        assert_eq!(journal.live().intent.read(64), Some(unfinished));
+        assert_eq!(journal.live().intent.read(63), None);
         journal.intend_nothing();
-        assert_eq!(journal.unfinished(64), None);
+        assert_eq!(journal.live().intent.read(64), None);
     }
 }

@@ -11,9 +11,11 @@
 //! | `plan` | what to install beside demand: replay in recorded order, or sequentially |
 //! | `states` | two bits a page |
 //! | `stats` | counters, latency histogram and CPU time, readable while serving |
+//! | `live` | what changes in a journal: counters, clocks, the install under way |
 //! | `body` | what a journal says that never changes |
 //! | `journal` | the mapped file from which another process can go on: ring, states, counters |
 //! | `image` | the memory file: pread, and holes that are known zeros |
+//! | `crash` | which VM a page server crashed on |
 //! | `death` | a test's order to die at a named instant |
 //! | `vm` | one VM: all of the above, and the gate between the fault thread and the filler |
 //! | `takeover` | going on where another page server died |
@@ -24,6 +26,7 @@
 //! | `fill` | the filler: one reader, one installer, staging buffers between them |
 //! | `core` | starts and ends the threads of one VM |
 //! | `adopt` | finds a VM's process, userfaultfd and image by its journal |
+//! | `pager` | the process that hosts the page servers of a host, and its standby |
 //! | `arguments` | what Python gives, as Rust wants it |
 //! | `binding` | the Python class |
 
@@ -34,6 +37,7 @@ mod binding;
 mod body;
 mod cold;
 mod core;
+mod crash;
 mod death;
 mod demand;
 mod faults;
@@ -41,6 +45,8 @@ mod fill;
 mod host;
 mod image;
 mod journal;
+mod live;
+mod pager;
 mod plan;
 mod regions;
 mod staging;

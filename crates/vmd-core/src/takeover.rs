@@ -16,7 +16,8 @@ use std::sync::atomic::Ordering;
 
 use crate::abi;
 use crate::death::Point;
-use crate::journal::{SLOTS, Unfinished};
+use crate::journal::SLOTS;
+use crate::live::Unfinished;
 use crate::states::State;
 use crate::stats::add;
 use crate::vm::Vm;
@@ -40,6 +41,7 @@ impl Vm {
     pub fn take_over(&self) {
         let _gate = self.enter_for_demand();
         let journal = &self.outside.journal;
+        self.outside.go_on();
         self.pass(Point::AdoptApply);
         for message in (0..SLOTS).map(|at| journal.slot(at)) {
             if matches!(message.event, abi::EVENT_REMOVE | abi::EVENT_UNMAP) {
@@ -47,7 +49,7 @@ impl Vm {
             }
         }
         journal.clear(SLOTS);
-        if let Some(unfinished) = journal.unfinished(self.regions.pages()) {
+        if let Some(unfinished) = journal.live().intent.read(self.regions.pages()) {
             self.finish(&unfinished);
         }
         journal.intend_nothing();

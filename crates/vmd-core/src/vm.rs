@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::death::{Death, Point, kill_process, stop_dead};
 use crate::image::Image;
 use crate::journal::Journal;
+use crate::pager::log;
 use crate::regions::Regions;
 use crate::states::{State, States};
 use crate::stats::{Counters, CpuMeter, add, monotonic};
@@ -19,7 +20,7 @@ static ZEROS: [u8; HUGE_PAGE] = [0; HUGE_PAGE];
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Bounds that Python decides (`vmd.limits`).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// A fault that waits longer fails the VM.
     pub fault_unserved: Duration,
@@ -58,14 +59,18 @@ pub struct Outside {
     pub ended: EventFd,
     /// All of it is to stop dead (see `death`).
     pub dead: AtomicBool,
+    /// Another process goes on when this one has ended.
+    pub handing_over: AtomicBool,
+    name: Option<String>,
     warnings: Mutex<Vec<String>>,
-    cpu_before: Duration, // of the page servers before this one
+    cpu_before: AtomicU64, // ns, of the page servers before this one
     started: Instant,
     started_at: Duration, // the same instant on CLOCK_MONOTONIC
 }
 
 impl Outside {
-    pub fn new(journal: Journal) -> io::Result<Self> {
+    /// `name`: of a VM in a pager.
+    pub fn new(journal: Journal, name: Option<String>) -> io::Result<Self> {
         Ok(Self {
             cpu: CpuMeter::default(),
             touched: Mutex::default(),
@@ -73,7 +78,9 @@ impl Outside {
             ended: EventFd::new()?,
             dead: AtomicBool::new(false),
             warnings: Mutex::default(),
-            cpu_before: Duration::from_nanos(journal.live().cpu_ns.load(Ordering::Relaxed)),
+            cpu_before: AtomicU64::new(0),
+            handing_over: AtomicBool::new(false),
+            name,
             started: Instant::now(),
             started_at: monotonic(),
             journal,
@@ -85,7 +92,20 @@ impl Outside {
     }
 
     pub fn warn(&self, line: String) {
-        self.warnings.lock().unwrap().push(line);
+        match &self.name {
+            Some(name) => log::line(&format!("{name}: {line}")),
+            None => self.warnings.lock().unwrap().push(line),
+        }
+    }
+
+    /// In a pager a VM's fault thread has the VM's name.
+    pub fn thread_name(&self, otherwise: &str) -> String {
+        self.name.clone().unwrap_or_else(|| otherwise.into())
+    }
+
+    /// What the page servers before this one have spent counts too.
+    pub fn go_on(&self) {
+        self.cpu_before.store(self.journal.live().cpu_ns.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     pub fn take_warnings(&self) -> Vec<String> {
@@ -100,7 +120,7 @@ impl Outside {
 
     /// CPU time spent on this VM, by page servers before this one too. Published in the journal.
     pub fn cpu(&self) -> Duration {
-        let total = self.cpu_before + self.cpu.total();
+        let total = Duration::from_nanos(self.cpu_before.load(Ordering::Relaxed)) + self.cpu.total();
         self.journal.live().cpu_ns.store(total.as_nanos() as u64, Ordering::Relaxed);
         total
     }

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .. import store, template
+from .. import sandbox, store, template
 from ..settings import Settings
 from . import TERMINATED
 
@@ -31,6 +31,7 @@ def begin() -> Settings:
     try:
         store.sweep_runs(settings)
         template.sweep(settings)
+        sandbox.recover(settings, warn)
     except OSError as failure:  # no reason not to do what was asked for
         warn(f"sweep: {failure.filename}: {failure.strerror}")
     return settings

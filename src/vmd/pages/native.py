@@ -54,7 +54,7 @@ class NativeCore:
         self = cls.__new__(cls)
         self._connection = None
         try:
-            core = vmd_core.Core.adopt(journal=journal, vmm_pid=vmm_pid, limits=core_limits(), seam=_seam(service))
+            core = vmd_core.Core.adopt(journal=journal, vmm_pid=vmm_pid, seam=_seam(service))
         except ValueError as refusal:
             raise PagesFailed(f"adopt: {refusal}") from refusal
         except OSError as failure:

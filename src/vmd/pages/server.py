@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from .. import limits
@@ -20,6 +21,8 @@ from .regions import Regions
 from .source import Image
 from .stats import ServedVm
 
+MakeCore = Callable[[Handshake, Image, Service, Journal | None], PageCore]
+
 
 class PageServer(Server):
     """Serves the first VMM that connects to ``listener`` with a good handshake, in this process.
@@ -27,7 +30,7 @@ class PageServer(Server):
     ``service`` makes the `Service` once the guest's page size is known (bytes). ``retry``: a peer
     that vanishes before its handshake is complete is warned of and another one awaited; without
     it the handshake fails. ``accept_seconds`` bounds the wait for a good handshake. ``journal``:
-    what another process can go on from, should this one die.
+    what another process can go on from, should this one die. ``make``: makes another core than ``core`` names.
 
     The page server owns ``listener``, ``image`` and ``journal``, from the moment that its construction has succeeded.
     """
@@ -42,6 +45,7 @@ class PageServer(Server):
         retry: bool = True,
         accept_seconds: float | None = None,
         journal: Journal | None = None,
+        make: MakeCore | None = None,
         warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(warn, journal)
@@ -51,8 +55,13 @@ class PageServer(Server):
         self._service = service
         self._retry = retry
         self._accept_seconds = accept_seconds
+        self._make = make or partial(make_core, self.core_name)
         self._handshake: Handshake | None = None
         self._plan: Service | None = None
+
+    def replay(self) -> Service | None:
+        """What it does beside demand faults; None before the handshake."""
+        return self._plan
 
     @property
     def regions(self) -> Regions | None:
@@ -104,7 +113,7 @@ class PageServer(Server):
             held = os.dup(handshake.uffd)
             self.vmm_pidfd = os.dup(handshake.pidfd) if handshake.pidfd >= 0 else -1
             self._plan = self._service(handshake.regions.page_size)
-            core = make_core(self.core_name, handshake, self._image, self._plan, self._journal)
+            core = self._make(handshake, self._image, self._plan, self._journal)
             self._start_core(core)
             return core
         except HandshakeRefused:  # not the VM that this server is for: not ours to kill
@@ -144,6 +153,7 @@ def serve_pages(
     retry: bool = True,
     accept_seconds: float | None = None,
     journal: Path | None = None,
+    make: MakeCore | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> PageServer:
     """Open ``memory``, listen on ``socket``, start a `PageServer`. Raises `VmdError`, leaving nothing."""
@@ -158,7 +168,15 @@ def serve_pages(
             undo.callback(kept.remove)
         try:
             server = PageServer(
-                listener, image, service, core=core, retry=retry, accept_seconds=accept_seconds, journal=kept, warn=warn
+                listener,
+                image,
+                service,
+                core=core,
+                retry=retry,
+                accept_seconds=accept_seconds,
+                journal=kept,
+                make=make,
+                warn=warn,
             )
         except OSError as failure:
             raise VmdError(f"page server: {failure.strerror}") from failure

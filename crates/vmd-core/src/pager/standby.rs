@@ -1,0 +1,89 @@
+//! The standby: holds what the pager holds, and waits for its death.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::hold::Hold;
+use super::log;
+use super::message::Message;
+use super::poll::Poll;
+use super::primary::Served;
+use super::socket::{Packet, Socket};
+
+/// Keep up with the pager until it dies; then what it served. None: there is nothing left to serve.
+///
+/// Everything is prepared beforehand: mapped, locked, looked through. When the pager has died, for
+/// which its pidfd is the only authority, nothing is left but to apply each ring, wake and serve.
+pub fn wait(socket: &Socket, pager: &OwnedFd, signals: &OwnedFd) -> io::Result<Option<Vec<Served>>> {
+    let mut vms = BTreeMap::new();
+    let mut connected = true;
+    loop {
+        let mut poll = Poll::default();
+        let (death, signal) = (poll.add(pager.as_raw_fd()), poll.add(signals.as_raw_fd()));
+        let news = poll.add_if(connected, socket.raw());
+        poll.wait(None)?;
+        if news.is_some_and(|news| poll.ready(news)) {
+            match hear_one(socket, &mut vms)? {
+                Heard::Something | Heard::Nothing => {}
+                Heard::Bye => return Ok(None),
+                Heard::End => connected = false,
+            }
+        }
+        if poll.ready(death) {
+            while connected && matches!(hear_one(socket, &mut vms)?, Heard::Something) {} // what it said last
+            return Ok(Some(go_on(vms)));
+        }
+        if poll.ready(signal) {
+            return Ok(None);
+        }
+    }
+}
+
+enum Heard {
+    Something,
+    Nothing,
+    Bye,
+    /// The pager is dead, or about to be.
+    End,
+}
+
+fn hear_one(socket: &Socket, vms: &mut BTreeMap<String, Served>) -> io::Result<Heard> {
+    let packet = match socket.receive() {
+        Ok(Some(packet)) => packet,
+        Ok(None) => return Ok(Heard::End),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
+        Err(error) => return Err(error),
+    };
+    let Packet { message, descriptors } = packet;
+    match message {
+        Ok(Message::Serve { name }) => match prepare(Hold::check(name, descriptors)) {
+            Ok(served) => drop(vms.insert(served.hold.name.clone(), served)),
+            Err(why) => log::line(&format!("standby: {why}")),
+        },
+        Ok(Message::Gone { name }) => drop(vms.remove(&name)),
+        Ok(Message::Sync) => socket.send(&Message::Ready, &[])?,
+        Ok(Message::Bye) => return Ok(Heard::Bye),
+        other => log::line(&format!("standby: not understood: {other:?}")),
+    }
+    Ok(Heard::Something)
+}
+
+fn prepare(hold: Result<Hold, String>) -> Result<Served, String> {
+    let hold = hold?;
+    let core = hold.prepare(true).map_err(|error| format!("{}: {error}", hold.name))?;
+    Ok(Served { hold, core })
+}
+
+fn go_on(vms: BTreeMap<String, Served>) -> Vec<Served> {
+    let started = |served: &Served| match served.hold.start(&served.core) {
+        Ok(()) => true,
+        Err(why) => {
+            log::line(&format!("{}: killed: {why}", served.hold.name));
+            false
+        }
+    };
+    let served: Vec<_> = vms.into_values().filter(started).collect();
+    log::line(&format!("pager died; {} VMs taken over", served.len()));
+    served
+}
