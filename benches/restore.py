@@ -39,8 +39,9 @@ from vmd.pages.contract import Outcome
 from vmd.pages.regions import Regions
 from vmd.pages.server import PageServer
 from vmd.recording import read_access_log
-from vmd.restore import Restored, finish, restore
+from vmd.restore import Restored, restore
 from vmd.settings import Settings
+from vmd.tasks import finish
 from vmd.template import Shape, Template
 from vmd.vmm.process import find_firecracker
 from vmd.vmm.vmm import Vmm

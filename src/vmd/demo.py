@@ -22,8 +22,9 @@ from . import template as templates
 from .backend import Asked, Request
 from .errors import BackendUnavailable, NotFound, SnapshotError, VmdError
 from .pages.cores import core_name
-from .restore import finish, restore
+from .restore import restore
 from .settings import Settings
+from .tasks import finish
 from .template import Shape, Template
 from .vmm.process import find_firecracker
 

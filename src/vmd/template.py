@@ -29,10 +29,11 @@ from .errors import Conflict, NotFound, SnapshotError, UsageError, VmdError
 from .pages.server import PageServer
 from .pages.source import Image
 from .recording import Recording, read_access_log, settled, write_access_log
-from .restore import Restored, finish, restore
+from .restore import Restored, restore
 from .settings import Settings
 from .snapshot import PAGE_SIZES, Snapshot
 from .store import Owned, Registry, read_json, runs, sweep_runs, sync_directory, write_json
+from .tasks import finish
 from .vmm.process import find_firecracker
 from .vmm.vmm import Vmm
 

@@ -15,8 +15,9 @@ import pytest
 from tests.system.conftest import START, Run, left_in, numbers
 from vmd.backend import Request
 from vmd.errors import BackendUnavailable, SnapshotError
-from vmd.restore import Restored, finish, restore
+from vmd.restore import Restored, restore
 from vmd.settings import Settings
+from vmd.tasks import finish
 from vmd.template import Template
 
 RequestFor = Callable[..., Request]

@@ -22,9 +22,10 @@ from vmd import template as templates
 from vmd.backend import Request
 from vmd.errors import BackendUnavailable, Conflict, NotFound, SnapshotError, UsageError, VmdError
 from vmd.recording import read_access_log
-from vmd.restore import finish, restore
+from vmd.restore import restore
 from vmd.settings import Settings
 from vmd.store import Owned
+from vmd.tasks import finish
 from vmd.template import MANIFEST, STAGING, Shape, Template
 
 KILLS = int(os.environ.get("VMD_TEST_BUILD_KILLS", "12"))
