@@ -215,11 +215,15 @@ fn fill_beside(vm: &Vm, beside: Beside) -> std::io::Result<()> {
         Beside::Replay(offsets) => {
             let pages = recorded(vm, &offsets);
             vm.outside.journal.live().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
-            let whole = fill_from_cache(vm, Runs::new(vm, pages.into_iter(), data_run_max(vm)), Counters::REPLAYED)?;
+            let count = pages.len();
+            let runs = Runs::new(vm, pages.into_iter(), data_run_max(vm));
+            let whole = fill_from_cache(vm, runs, count, Counters::REPLAYED)?;
             vm.outside.journal.live().replay_done.store(whole.into(), Ordering::Relaxed);
         }
         Beside::Sequential(bytes_max) => {
-            fill_reading_ahead(vm, Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm)), Counters::PREFETCHED)?;
+            let pages = (bytes_max / vm.regions.page_size).min(vm.regions.pages() as u64) as usize;
+            let runs = Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm));
+            fill_reading_ahead(vm, runs, pages, Counters::PREFETCHED)?;
         }
     }
     Ok(())

@@ -18,6 +18,7 @@ use crate::plan::Run;
 use crate::staging::{self, Buffer};
 use crate::states::State;
 use crate::stats::{Counters, add};
+use crate::turns::{INSTALLERS, READERS, Turn};
 use crate::uffd::Outcome;
 use crate::vm::Vm;
 
@@ -37,6 +38,8 @@ const CALM_AFTER: u32 = 16;
 /// the snapshot meanwhile, waits for RCU grace periods; on a kernel without preemption a CPU that
 /// is never rescheduled holds each of them up until the next tick.
 const YIELD_EVERY: u32 = 32;
+/// After so many pieces a filler lets one pass that has less to do.
+const TURN_PIECES: u32 = 16;
 /// A refused install (a REMOVE is pending) is retried this often, this far apart; then the page
 /// is left to demand.
 const REFUSED_TRIES: u32 = 50;
@@ -51,11 +54,20 @@ struct Chunk {
 /// Install all runs; `counter` counts the pages of data. True when the plan came to its end.
 ///
 /// Reads on this thread for as long as the page cache has what is needed.
-pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, counter: usize) -> io::Result<bool> {
+pub fn fill_from_cache(
+    vm: &Vm,
+    mut runs: impl Iterator<Item = Run> + Send,
+    pages: usize,
+    counter: usize,
+) -> io::Result<bool> {
     let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
-    let mut pace = Pace::default();
+    let mut pace = Pace::new(pages);
+    if !pace.begin(vm) {
+        return Ok(false);
+    }
     let cold = loop {
         let Some(run) = runs.next() else { break None };
+        pace.left = pace.left.saturating_sub(run.pages.len());
         if is_served(vm, &run) {
             continue;
         }
@@ -68,21 +80,28 @@ pub fn fill_from_cache(vm: &Vm, mut runs: impl Iterator<Item = Run> + Send, coun
         }
     };
     buffer.give_back();
-    cold.map_or(Ok(true), |run| fill_reading_ahead(vm, std::iter::once(run).chain(runs), counter))
+    let left = pace.left;
+    drop(pace);
+    cold.map_or(Ok(true), |run| fill_reading_ahead(vm, std::iter::once(run).chain(runs), left, counter))
 }
 
 /// The same with a reader beside the installer.
-pub fn fill_reading_ahead(vm: &Vm, runs: impl Iterator<Item = Run> + Send, counter: usize) -> io::Result<bool> {
+pub fn fill_reading_ahead(
+    vm: &Vm,
+    runs: impl Iterator<Item = Run> + Send,
+    pages: usize,
+    counter: usize,
+) -> io::Result<bool> {
     let (give, empty) = channel();
     for _ in 0..BUFFERS {
         give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
     }
     std::thread::scope(|scope| {
         let (full, take) = sync_channel(BUFFERS);
-        let reader = move || (vm.outside.cpu.measure(|| read(vm, runs, &empty, &full)), empty);
+        let reader = move || (vm.outside.cpu.measure(|| read(vm, runs, pages, &empty, &full)), empty);
         let thread = std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10);
         let reader = thread.spawn_scoped(scope, reader)?;
-        let installed = install_all(vm, &take, give, counter);
+        let installed = install_all(vm, &take, give, pages, counter);
         drop(take);
         let (read, unused) = reader.join().expect("the reader does not panic");
         unused.try_iter().for_each(Buffer::give_back);
@@ -107,7 +126,13 @@ pub fn data_run_max(vm: &Vm) -> usize {
 
 // ---- the reader ----------------------------------------------------------------------------
 
-fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full: &SyncSender<Chunk>) -> bool {
+fn read(
+    vm: &Vm,
+    runs: impl Iterator<Item = Run>,
+    mut left: usize,
+    empty: &Receiver<Buffer>,
+    full: &SyncSender<Chunk>,
+) -> bool {
     let Ok(mut buffer) = empty.recv() else { return false };
     let mut target = FIRST_CHUNK;
     let (mut filled, mut taken) = (0, Vec::new());
@@ -127,6 +152,8 @@ fn read(vm: &Vm, runs: impl Iterator<Item = Run>, empty: &Receiver<Buffer>, full
         if is_served(vm, &run) {
             continue;
         }
+        left = left.saturating_sub(run.pages.len());
+        let Some(_turn) = READERS.enter(left, || vm.is_ending()) else { return false };
         for (run, bytes) in readable(vm, run, &mut buffer.bytes()[filled..filled + bytes]) {
             taken.push((run, filled));
             filled += bytes;
@@ -155,15 +182,28 @@ fn readable(vm: &Vm, run: Run, bytes: &mut [u8]) -> Vec<(Run, usize)> {
 
 // ---- the installer -------------------------------------------------------------------------
 
-/// How large a piece may be, and when to give way.
+/// How large a piece may be, and when to give way: to a CPU's other threads, and to other VMs.
 #[derive(Default)]
 struct Pace {
+    left: usize, // pages
     faults: u64,
     calm: u32,
     pieces: u32,
+    turn: Option<Turn<'static>>,
 }
 
 impl Pace {
+    fn new(left: usize) -> Self {
+        Self { left, ..Self::default() }
+    }
+
+    /// Wait for a turn. False: the filler must end.
+    fn begin(&mut self, vm: &Vm) -> bool {
+        self.turn = None;
+        self.turn = INSTALLERS.enter(self.left, || vm.is_ending());
+        self.turn.is_some()
+    }
+
     fn piece_bytes(&mut self, vm: &Vm) -> usize {
         let faults = vm.counters().faults.load(Ordering::Relaxed);
         self.calm = if faults == self.faults { self.calm.saturating_add(1) } else { 0 };
@@ -171,23 +211,30 @@ impl Pace {
         if self.calm < CALM_AFTER { PIECE } else { CALM_PIECE }
     }
 
-    fn give_way(&mut self) {
+    /// Between two pieces. False: the filler must end.
+    fn give_way(&mut self, vm: &Vm) -> bool {
         self.pieces = self.pieces.wrapping_add(1);
         if self.pieces % YIELD_EVERY == 0 {
             std::thread::yield_now();
         }
+        if self.pieces % TURN_PIECES == 0 && INSTALLERS.are_wanted() { self.begin(vm) } else { true }
     }
 }
 
-fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, counter: usize) -> bool {
+fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, pages: usize, counter: usize) -> bool {
     let mut whole = true;
-    let mut pace = Pace::default();
+    let mut pace = Pace::new(pages);
     for mut chunk in full {
+        if !pace.begin(vm) {
+            return false;
+        }
+        pace.left = pace.left.saturating_sub(chunk.runs.iter().map(|(run, _)| run.pages.len()).sum());
         let bytes = chunk.buffer.bytes();
         whole = chunk.runs.drain(..).all(|(run, at)| install_run(vm, run, &bytes[at..], counter, &mut pace));
         if !whole {
             break;
         }
+        pace.turn = None; // the reader may be slow
         if let Err(unsent) = give.send(chunk.buffer) {
             unsent.0.give_back(); // the reader has come to the end
         }
@@ -232,7 +279,9 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: usize, pace: &mut Pace)
         });
         let passed = if done > 0 { done } else { pass_by(vm, &piece, outcome) };
         drop(gate);
-        pace.give_way();
+        if !pace.give_way(vm) {
+            return false;
+        }
         match outcome {
             Outcome::Done | Outcome::Partial(_) => refused = 0,
             Outcome::Present => {}

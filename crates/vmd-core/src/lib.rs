@@ -23,6 +23,7 @@
 //! | `cold` | demand pages that storage has to be waited for |
 //! | `demand` | installing one page, and what each outcome means |
 //! | `faults` | the fault thread: drain, apply REMOVE, install, park |
+//! | `turns` | whose turn it is to fill, of many VMs |
 //! | `fill` | the filler: one reader, one installer, staging buffers between them |
 //! | `core` | starts and ends the threads of one VM |
 //! | `adopt` | finds a VM's process, userfaultfd and image by its journal |
@@ -53,6 +54,7 @@ mod staging;
 mod states;
 mod stats;
 mod takeover;
+mod turns;
 mod uffd;
 mod vm;
 mod wait;
