@@ -16,10 +16,12 @@ use crate::demand::{Ended, Progress, failed};
 use crate::journal::SLOTS;
 use crate::stats::add;
 use crate::vm::Vm;
-use crate::wait::{Source, Waiter};
+use crate::wait::{Ready, Source, Waiter};
 
 const RETRY_FIRST: Duration = Duration::from_micros(100);
 const RETRY_LAST: Duration = Duration::from_millis(2);
+/// To sleep and be woken takes about as long: who waits by looking for no longer loses at most as much.
+const EAGER: Duration = Duration::from_micros(50);
 /// How often faults that wait for storage are looked at while nothing else happens.
 const COLD_LOOK: Duration = Duration::from_millis(500);
 
@@ -39,6 +41,7 @@ struct FaultThread<'a> {
     reading: Vec<Fault>, // their pages are being read from storage
     cold: Option<ColdReads>,
     retry_after: Duration,
+    eager: bool,      // the last fault came soon after the one before it
     ignored: Vec<u8>, // kinds of events that have been warned of
     recorder: Option<Recorder>,
 }
@@ -61,6 +64,7 @@ pub fn serve(vm: &Vm, record: bool) -> Ended {
         reading: Vec::new(),
         cold: None,
         retry_after: RETRY_FIRST,
+        eager: false,
         ignored: Vec::new(),
         recorder: record.then(|| Recorder::new(vm.regions.pages())),
     };
@@ -103,8 +107,8 @@ impl FaultThread<'_> {
 
     /// Sleep until there is something to do: a message, a parked fault's time, stop or exit; or,
     /// then it is true, an answer of storage.
-    fn wait(&self) -> Result<bool, Ended> {
-        let ready = self.waiter.wait(match (self.parked.is_empty(), self.reading.is_empty()) {
+    fn wait(&mut self) -> Result<bool, Ended> {
+        let ready = self.wait_eagerly(match (self.parked.is_empty(), self.reading.is_empty()) {
             (false, _) => Some(self.retry_after),
             (true, false) => Some(COLD_LOOK),
             (true, true) => None,
@@ -119,6 +123,18 @@ impl FaultThread<'_> {
             self.make_nonblocking()?; // the flag is shared with the VMM
         }
         Ok(ready.storage)
+    }
+
+    /// In a burst of faults, look again and again for the next one, for no longer than a sleep would cost.
+    fn wait_eagerly(&mut self, most: Option<Duration>) -> Ready {
+        let began = Instant::now();
+        let mut ready = None;
+        while self.eager && ready.is_none() && began.elapsed() < EAGER {
+            ready = Some(self.waiter.wait(Some(Duration::ZERO))).filter(|ready| ready.any);
+        }
+        let ready = ready.unwrap_or_else(|| self.waiter.wait(most));
+        self.eager = began.elapsed() < EAGER;
+        ready
     }
 
     fn make_nonblocking(&self) -> Result<(), Ended> {

@@ -10,6 +10,8 @@ use std::time::Duration;
 /// What there is to do beside reading messages, which each turn does.
 #[derive(Clone, Copy, Default)]
 pub struct Ready {
+    /// Something has happened.
+    pub any: bool,
     /// epoll's word for a userfaultfd in blocking mode.
     pub blocking: bool,
     pub stop: bool,
@@ -70,7 +72,7 @@ impl Waiter {
                 0,
             )
         };
-        let mut ready = Ready::default();
+        let mut ready = Ready { any: count > 0, ..Ready::default() };
         for event in &events[..count.max(0) as usize] {
             let (bits, source) = (event.events, event.u64);
             match source {
