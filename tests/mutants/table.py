@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant("waiters-forgotten", "a take-over wakes nobody", "takeover.rs",
            "self.uffd.wake(region.base, region.size);", "std::hint::black_box(region);", "takeover"),
     Mutant("unfinished-forgotten", "a page that was installed and not noted is never counted", "takeover.rs",
-           "self.finish(&unfinished);", "drop(unfinished);", "takeover"),
+           "self.finish(installer, &unfinished);", "drop(unfinished);", "takeover"),
     Mutant("noted-first", "a page is noted as installed before it is", "vm.rs",
            "        let (done, result) = install();\n        self.pass(installed);",
            "        pages.clone().for_each(|page| drop(self.states().set(page, State::Installed)));\n"

@@ -18,10 +18,11 @@ use crate::core::{Core, Parts};
 use crate::demand::Ended;
 use crate::host;
 use crate::journal::{self, Journal};
+use crate::live::Live;
 use crate::pager;
 use crate::plan::Beside;
 use crate::regions::Region;
-use crate::stats::Counters;
+use crate::stats::Kind;
 
 /// See `vmd_core.pyi`, which is the manual.
 #[pyclass(frozen, name = "Core", module = "vmd_core")]
@@ -181,8 +182,8 @@ fn copied(fd: RawFd) -> PyResult<OwnedFd> {
 fn counters<'py>(py: Python<'py>, journal: &Journal) -> PyResult<Bound<'py, PyDict>> {
     let live = journal.live();
     let dict = PyDict::new(py);
-    for (name, counter) in named(&live.counters) {
-        dict.set_item(name, counter.load(Relaxed))?;
+    for (name, count) in named(live) {
+        dict.set_item(name, count)?;
     }
     let (count, [p50, p99]) = journal.latency().read([0.5, 0.99]);
     let micros = |ns: f64| ns / 1000.0;
@@ -198,17 +199,18 @@ fn counters<'py>(py: Python<'py>, journal: &Journal) -> PyResult<Bound<'py, PyDi
     Ok(dict)
 }
 
-fn named(counters: &Counters) -> [(&'static str, &AtomicU64); 9] {
+fn named(live: &Live) -> [(&'static str, u64); 9] {
+    let read = |counter: &AtomicU64| counter.load(Relaxed);
     [
-        ("faults", &counters.faults),
-        ("demand", &counters.demand),
-        ("replayed", &counters.replayed),
-        ("prefetched", &counters.prefetched),
-        ("zero", &counters.zero),
-        ("removed", &counters.removed),
-        ("poisoned", &counters.poisoned),
-        ("present", &counters.present),
-        ("parked", &counters.parked),
+        ("faults", read(&live.counters.faults)),
+        ("demand", live.count(Kind::Demand)),
+        ("replayed", live.count(Kind::Replayed)),
+        ("prefetched", live.count(Kind::Prefetched)),
+        ("zero", live.count(Kind::Zero)),
+        ("removed", read(&live.counters.removed)),
+        ("poisoned", read(&live.counters.poisoned)),
+        ("present", read(&live.counters.present)),
+        ("parked", read(&live.counters.parked)),
     ]
 }
 

@@ -11,12 +11,12 @@ use crate::crash;
 use crate::death::Death;
 use crate::demand::Ended;
 use crate::faults;
-use crate::fill::{data_run_max, fill_from_cache, fill_reading_ahead};
+use crate::fill::{data_run_max, fill_by_two, fill_from_cache};
 use crate::image::Image;
 use crate::journal::Journal;
 use crate::plan::{Beside, Runs, recorded, sequential};
 use crate::regions::Regions;
-use crate::stats::Counters;
+use crate::stats::Kind;
 use crate::uffd::{Injection, Uffd};
 use crate::vm::{Gate, Outside, Process, Vm};
 
@@ -217,13 +217,13 @@ fn fill_beside(vm: &Vm, beside: Beside) -> std::io::Result<()> {
             vm.outside.journal.live().replay_pages.store(pages.len() as u64, Ordering::Relaxed);
             let count = pages.len();
             let runs = Runs::new(vm, pages.into_iter(), data_run_max(vm));
-            let whole = fill_from_cache(vm, runs, count, Counters::REPLAYED)?;
+            let whole = fill_from_cache(vm, runs, count, Kind::Replayed)?;
             vm.outside.journal.live().replay_done.store(whole.into(), Ordering::Relaxed);
         }
         Beside::Sequential(bytes_max) => {
             let pages = (bytes_max / vm.regions.page_size).min(vm.regions.pages() as u64) as usize;
             let runs = Runs::new(vm, sequential(vm, bytes_max), data_run_max(vm));
-            fill_reading_ahead(vm, runs, pages, Counters::PREFETCHED)?;
+            fill_by_two(vm, runs, pages, Kind::Prefetched)?;
         }
     }
     Ok(())

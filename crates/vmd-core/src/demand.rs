@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::death::Point;
+use crate::live::DEMAND;
 use crate::states::State;
-use crate::stats::{Counters, add};
+use crate::stats::{Kind, add};
 use crate::uffd::Outcome;
 use crate::vm::Vm;
 
@@ -57,20 +58,15 @@ impl Vm {
             self.uffd.wake(self.regions.address(page), self.regions.page_size);
             return Ok(Progress::Served); // its touch is a SIGBUS now
         }
-        self.install_demand(page, Counters::ZERO, || self.zero(page, 1))
+        self.install_demand(page, Kind::Zero, || self.zero(page, 1))
     }
 
     pub fn copy_in(&self, page: usize, bytes: &[u8]) -> Result<Progress, Ended> {
-        self.install_demand(page, Counters::DEMAND, || self.uffd.copy(self.regions.address(page), bytes))
+        self.install_demand(page, Kind::Demand, || self.uffd.copy(self.regions.address(page), bytes))
     }
 
-    fn install_demand(
-        &self,
-        page: usize,
-        counter: usize,
-        install: impl FnOnce() -> Outcome,
-    ) -> Result<Progress, Ended> {
-        let outcome = self.install(page..page + 1, counter, [Point::Install, Point::Note], || {
+    fn install_demand(&self, page: usize, kind: Kind, install: impl FnOnce() -> Outcome) -> Result<Progress, Ended> {
+        let outcome = self.install(DEMAND, page..page + 1, kind, [Point::Install, Point::Note], || {
             let outcome = install();
             (usize::from(outcome == Outcome::Done), outcome)
         });

@@ -1,31 +1,34 @@
-//! The filler: installs a plan's runs beside the demand faults.
+//! The fillers: install a plan's runs beside the demand faults.
 //!
 //! A replay of what the page cache holds is read and installed by one thread: a second one would
-//! only take a CPU from the guest. From the first run on that is not cached, and for the long runs
-//! of a sequential prefetch from the start, a reader of its own fetches the runs into staging
-//! buffers and the installer takes them from there, so that no install waits for a disk. Demand
-//! goes first all the time: the installer enters the gate piece by piece, and stays out while a
-//! demand fault is being served.
+//! only take a CPU from the guest. From the first run on that is not cached, and for a sequential
+//! prefetch from the start, two do it, each with its own part of the plan: while one waits for a disk
+//! the other installs. What is read goes into the guest while the CPU's cache still has it. Demand
+//! goes first all the time: fillers enter the gate piece by piece, and stay out while a demand fault
+//! is being served.
 
 use std::io;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::crash;
 use crate::death::Point;
+use crate::live::FILLERS;
 use crate::plan::Run;
-use crate::staging::{self, Buffer};
+use crate::staging::Buffer;
 use crate::states::State;
-use crate::stats::{Counters, add};
+use crate::stats::{Kind, add};
 use crate::turns::{INSTALLERS, READERS, Turn};
 use crate::uffd::Outcome;
 use crate::vm::Vm;
 
-/// One buffer is read while another is installed; more only smooth out.
-const BUFFERS: usize = 4;
-/// The first bytes must arrive early; later on, fewer and larger hand-overs cost less.
-const FIRST_CHUNK: usize = 32 << 10;
+const STACK_BYTES: usize = 64 << 10;
+/// What a filler takes from the plan at once: what it reads must still be in the CPU's cache when it
+/// is installed.
+const CHUNK: usize = 256 << 10;
 /// Holes fill no buffer, but must not wait for ever behind one read.
 const CHUNK_RUNS_MAX: usize = 64;
 /// Most bytes that one entry of the gate installs: what a demand fault may have to wait for.
@@ -45,23 +48,17 @@ const TURN_PIECES: u32 = 16;
 const REFUSED_TRIES: u32 = 50;
 const REFUSED_WAIT: Duration = Duration::from_micros(200);
 
-/// Runs with the place of their bytes in the buffer (holes have none).
-struct Chunk {
-    buffer: Buffer,
-    runs: Vec<(Run, usize)>,
-}
-
-/// Install all runs; `counter` counts the pages of data. True when the plan came to its end.
+/// Install all runs; `kind` counts the pages of data. True when the plan came to its end.
 ///
 /// Reads on this thread for as long as the page cache has what is needed.
 pub fn fill_from_cache(
     vm: &Vm,
     mut runs: impl Iterator<Item = Run> + Send,
     pages: usize,
-    counter: usize,
+    kind: Kind,
 ) -> io::Result<bool> {
     let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
-    let mut pace = Pace::new(pages);
+    let mut pace = Pace::new(FILLERS[0], pages);
     if !pace.begin(vm) {
         return Ok(false);
     }
@@ -75,38 +72,79 @@ pub fn fill_from_cache(
         if !(run.hole || vm.image.read_now(bytes, vm.regions.offset(run.pages.start))) {
             break Some(run);
         }
-        if !install_run(vm, run, bytes, counter, &mut pace) {
+        if !install_run(vm, run, bytes, kind, &mut pace) {
             return Ok(false);
         }
     };
     buffer.give_back();
     let left = pace.left;
     drop(pace);
-    cold.map_or(Ok(true), |run| fill_reading_ahead(vm, std::iter::once(run).chain(runs), left, counter))
+    cold.map_or(Ok(true), |run| fill_by_two(vm, std::iter::once(run).chain(runs), left, kind))
 }
 
-/// The same with a reader beside the installer.
-pub fn fill_reading_ahead(
-    vm: &Vm,
-    runs: impl Iterator<Item = Run> + Send,
-    pages: usize,
-    counter: usize,
-) -> io::Result<bool> {
-    let (give, empty) = channel();
-    for _ in 0..BUFFERS {
-        give.send(Buffer::take(vm.regions.page_size as usize)?).expect("the receiver is here");
-    }
+/// The same by two threads.
+pub fn fill_by_two(vm: &Vm, runs: impl Iterator<Item = Run> + Send, pages: usize, kind: Kind) -> io::Result<bool> {
+    let plan = Mutex::new(Plan { runs: runs.peekable(), left: pages });
+    let fill = |who| fill_parts(vm, who, &plan, kind);
+    let crashes = &vm.outside.journal.live().crashes;
     std::thread::scope(|scope| {
-        let (full, take) = sync_channel(BUFFERS);
-        let reader = move || (vm.outside.cpu.measure(|| read(vm, runs, pages, &empty, &full)), empty);
-        let thread = std::thread::Builder::new().name("vmd-read".into()).stack_size(64 << 10);
-        let reader = thread.spawn_scoped(scope, reader)?;
-        let installed = install_all(vm, &take, give, pages, counter);
-        drop(take);
-        let (read, unused) = reader.join().expect("the reader does not panic");
-        unused.try_iter().for_each(Buffer::give_back);
-        Ok(installed && read)
+        let second = std::thread::Builder::new().name("vmd-install-2".into()).stack_size(STACK_BYTES);
+        let second =
+            second.spawn_scoped(scope, || crash::attribute(crashes, || vm.outside.cpu.measure(|| fill(FILLERS[1]))));
+        let first = fill(FILLERS[0]);
+        match second.map(|second| second.join()) {
+            Ok(Ok(second)) => Ok(first? & second?),
+            Ok(Err(panic)) => resume_unwind(panic),
+            Err(_) => first, // no thread to be had: one has done it all
+        }
     })
+}
+
+/// What is left to do, for whoever takes the next part.
+struct Plan<I: Iterator<Item = Run>> {
+    runs: std::iter::Peekable<I>,
+    left: usize, // pages
+}
+
+impl<I: Iterator<Item = Run>> Plan<I> {
+    /// The next runs, so many that their bytes fit `room`; none at the end.
+    fn take(&mut self, vm: &Vm, room: usize) -> Vec<Run> {
+        let (mut part, mut bytes) = (Vec::new(), 0);
+        while part.len() < CHUNK_RUNS_MAX && bytes < CHUNK {
+            let Some(run) = self.runs.next_if(|run| bytes + data_bytes(vm, run) <= room) else { break };
+            bytes += data_bytes(vm, &run);
+            self.left = self.left.saturating_sub(run.pages.len());
+            part.push(run);
+        }
+        part
+    }
+}
+
+/// Read and install part after part of the plan. True when it came to its end.
+fn fill_parts(vm: &Vm, who: usize, plan: &Mutex<Plan<impl Iterator<Item = Run>>>, kind: Kind) -> io::Result<bool> {
+    let mut buffer = Buffer::take(vm.regions.page_size as usize)?;
+    let mut pace = Pace::new(who, 0);
+    loop {
+        let (part, left) = {
+            let mut plan = plan.lock().unwrap_or_else(PoisonError::into_inner);
+            (plan.take(vm, buffer.bytes().len()), plan.left)
+        };
+        if part.is_empty() {
+            buffer.give_back();
+            return Ok(true);
+        }
+        pace.left = left;
+        let Some(read) = read(vm, part, left, buffer.bytes()) else { return Ok(false) };
+        if !pace.begin(vm) {
+            return Ok(false);
+        }
+        for (run, at) in read {
+            if !install_run(vm, run, &buffer.bytes()[at..], kind, &mut pace) {
+                return Ok(false);
+            }
+        }
+        pace.turn = None; // not held while waiting for storage
+    }
 }
 
 /// Whether demand was faster, for all of a run.
@@ -119,47 +157,31 @@ fn data_bytes(vm: &Vm, run: &Run) -> usize {
     if run.hole { 0 } else { run.pages.len() * vm.regions.page_size as usize }
 }
 
-/// Most pages in one run of data: what fits a buffer.
+/// Most pages in one run of data.
 pub fn data_run_max(vm: &Vm) -> usize {
-    (staging::SIZE / vm.regions.page_size as usize).max(1)
+    (CHUNK / vm.regions.page_size as usize).max(1)
 }
 
-// ---- the reader ----------------------------------------------------------------------------
+// ---- reading -------------------------------------------------------------------------------
 
-fn read(
-    vm: &Vm,
-    runs: impl Iterator<Item = Run>,
-    mut left: usize,
-    empty: &Receiver<Buffer>,
-    full: &SyncSender<Chunk>,
-) -> bool {
-    let Ok(mut buffer) = empty.recv() else { return false };
-    let mut target = FIRST_CHUNK;
-    let (mut filled, mut taken) = (0, Vec::new());
+/// Read the runs that are still wanted into `bytes`, each with its place there. None: the filler must end.
+fn read(vm: &Vm, runs: Vec<Run>, left: usize, bytes: &mut [u8]) -> Option<Vec<(Run, usize)>> {
+    let _turn = READERS.enter(left, || vm.is_ending())?;
+    let (mut taken, mut filled) = (Vec::with_capacity(runs.len()), 0);
     for run in runs {
-        let bytes = data_bytes(vm, &run);
-        if filled + bytes > buffer.bytes().len() || filled >= target || taken.len() >= CHUNK_RUNS_MAX {
-            if full.send(Chunk { buffer, runs: std::mem::take(&mut taken) }).is_err() {
-                return false;
-            }
-            let Ok(next) = empty.recv() else { return false };
-            buffer = next;
-            (filled, target) = (0, (target * 2).min(staging::SIZE));
-        }
         if vm.is_ending() {
-            return false;
+            return None;
         }
         if is_served(vm, &run) {
             continue;
         }
-        left = left.saturating_sub(run.pages.len());
-        let Some(_turn) = READERS.enter(left, || vm.is_ending()) else { return false };
-        for (run, bytes) in readable(vm, run, &mut buffer.bytes()[filled..filled + bytes]) {
+        let room = filled..filled + data_bytes(vm, &run);
+        for (run, len) in readable(vm, run, &mut bytes[room]) {
             taken.push((run, filled));
-            filled += bytes;
+            filled += len;
         }
     }
-    full.send(Chunk { buffer, runs: taken }).is_ok()
+    Some(taken)
 }
 
 /// The run with its bytes read, or what can be read of it, page by page, bytes one after the other.
@@ -180,11 +202,12 @@ fn readable(vm: &Vm, run: Run, bytes: &mut [u8]) -> Vec<(Run, usize)> {
     parts
 }
 
-// ---- the installer -------------------------------------------------------------------------
+// ---- installing ----------------------------------------------------------------------------
 
 /// How large a piece may be, and when to give way: to a CPU's other threads, and to other VMs.
 #[derive(Default)]
 struct Pace {
+    who: usize,
     left: usize, // pages
     faults: u64,
     calm: u32,
@@ -193,8 +216,8 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(left: usize) -> Self {
-        Self { left, ..Self::default() }
+    fn new(who: usize, left: usize) -> Self {
+        Self { who, left, ..Self::default() }
     }
 
     /// Wait for a turn. False: the filler must end.
@@ -221,32 +244,11 @@ impl Pace {
     }
 }
 
-fn install_all(vm: &Vm, full: &Receiver<Chunk>, give: Sender<Buffer>, pages: usize, counter: usize) -> bool {
-    let mut whole = true;
-    let mut pace = Pace::new(pages);
-    for mut chunk in full {
-        if !pace.begin(vm) {
-            return false;
-        }
-        pace.left = pace.left.saturating_sub(chunk.runs.iter().map(|(run, _)| run.pages.len()).sum());
-        let bytes = chunk.buffer.bytes();
-        whole = chunk.runs.drain(..).all(|(run, at)| install_run(vm, run, &bytes[at..], counter, &mut pace));
-        if !whole {
-            break;
-        }
-        pace.turn = None; // the reader may be slow
-        if let Err(unsent) = give.send(chunk.buffer) {
-            unsent.0.give_back(); // the reader has come to the end
-        }
-    }
-    whole
-}
-
 /// Install the absent pages of a run. False: the filler must end.
-fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: usize, pace: &mut Pace) -> bool {
+fn install_run(vm: &Vm, run: Run, bytes: &[u8], kind: Kind, pace: &mut Pace) -> bool {
     let page_size = vm.regions.page_size as usize;
     let mut by_page = false;
-    let counter = if run.hole { Counters::ZERO } else { counter };
+    let kind = if run.hole { Kind::Zero } else { kind };
     let mut at = run.pages.start;
     let mut refused = 0;
     while at < run.pages.end {
@@ -269,7 +271,7 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], counter: usize, pace: &mut Pace)
             continue;
         }
         let from = (piece.start - run.pages.start) * page_size;
-        let (outcome, done) = vm.install(piece.clone(), counter, [Point::FillInstall, Point::FillNote], || {
+        let (outcome, done) = vm.install(pace.who, piece.clone(), kind, [Point::FillInstall, Point::FillNote], || {
             let outcome = match run.hole {
                 true => vm.zero(piece.start, piece.len()),
                 false => vm.uffd.copy(vm.regions.address(piece.start), &bytes[from..from + piece.len() * page_size]),

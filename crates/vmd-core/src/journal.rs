@@ -15,7 +15,8 @@
 //!         of planned offsets, bound of the prefetch, the image's device, inode, size and mtime (ns),
 //!         length of its path; limits: unserved fault (ms), VMM's exit (ms), tries of a read,
 //!         lines of lost pages, floor of free memory (percent)
-//!   1024  live: takeovers, crashes, server's pid, end, clocks, intent, counters (u64 each)
+//!   1024  live: takeovers, crashes, server's pid, end, clocks, counters, what each installer has
+//!         installed and is about to install (u64 each)
 //!   2048  ring: 64 slots of 32 bytes, each a `struct uffd_msg`; event 0 = clear
 //!   4096  latency histogram
 //!  12288  incident: length u64, text
@@ -145,17 +146,6 @@ impl Journal {
         }
     }
 
-    /// Note which pages are about to be installed, and counted by counter number `counter`.
-    pub fn intend(&self, pages: &std::ops::Range<usize>, counter: usize) {
-        let before = self.live().counters.by_number(counter).load(Ordering::Relaxed);
-        self.live().intent.set(pages, counter, before);
-    }
-
-    /// It has been noted and counted.
-    pub fn intend_nothing(&self) {
-        self.live().intent.clear();
-    }
-
     /// Age of the oldest fault not yet served.
     pub fn oldest_age(&self) -> Option<Duration> {
         match self.live().oldest_ns.load(Ordering::Relaxed) {
@@ -276,11 +266,11 @@ fn allocate(file: &File, len: usize) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use crate::body::ImageId;
-    use crate::live::Unfinished;
+    use crate::live::{DEMAND, Unfinished};
     use crate::plan::Beside;
     use crate::regions::Region;
     use crate::states::State;
-    use crate::stats::Counters;
+    use crate::stats::Kind;
     use crate::vm::Limits;
 
     const PAGE: u64 = 4096;
@@ -357,11 +347,15 @@ mod tests {
     #[test]
     fn an_intent_outside_the_vm_is_not_believed() {
         let journal = Journal::private(&body()).unwrap();
-        journal.intend(&(60..64), Counters::ZERO);
-        let unfinished = Unfinished { pages: 60..64, before: 0, counter: Counters::ZERO };
-        assert_eq!(journal.live().intent.read(64), Some(unfinished));
-        assert_eq!(journal.live().intent.read(63), None);
-        journal.intend_nothing();
-        assert_eq!(journal.live().intent.read(64), None);
+        let installer = &journal.live().installers[DEMAND];
+        installer.intend(&(60..64), Kind::Zero);
+        let unfinished = Unfinished { pages: 60..64, before: 0, kind: Kind::Zero };
+        assert_eq!(installer.unfinished(64), Some(unfinished.clone()));
+        assert_eq!(installer.unfinished(63), None);
+        installer.settle(&unfinished, 3);
+        installer.settle(&unfinished, 3);
+        assert_eq!(journal.live().installs(), 3);
+        installer.intend_nothing();
+        assert_eq!(installer.unfinished(64), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::stats::Counters;
+use crate::stats::{Counters, Kind, add};
 
 /// What changes while a VM is served, but for ring and page states.
 #[repr(C)]
@@ -21,22 +21,28 @@ pub struct Live {
     pub oldest_ns: AtomicU64,
     pub replay_pages: AtomicU64,
     pub replay_done: AtomicU64,
-    pub intent: Intent,
     pub counters: Counters,
+    pub installers: [Installer; INSTALLERS],
 }
 
-/// The install that is under way. After a kill the pages of this one alone may be in without
-/// being noted, or noted without being counted. There is never more than one: who installs holds
-/// the gate.
+/// Who installs: the fault thread, and two fillers.
+pub const INSTALLERS: usize = 3;
+pub const DEMAND: usize = 0;
+pub const FILLERS: [usize; 2] = [1, 2];
+
+/// What one thread has installed, and the install that it has under way. After a kill the pages of
+/// that one alone may be in without being noted, or noted without being counted.
 #[repr(C)]
 #[derive(Default)]
-pub struct Intent {
+pub struct Installer {
+    /// Pages, by kind (`stats::Kind`).
+    counts: [AtomicU64; Kind::COUNT],
     first: AtomicU64,
     pages: AtomicU64,
-    /// What the counter was before.
+    /// What the count was before.
     before: AtomicU64,
-    /// Which counter, counted from 1; 0 = nothing is under way.
-    counter: AtomicU64,
+    /// Which kind, counted from 1; 0 = nothing is under way.
+    kind: AtomicU64,
 }
 
 /// An install that its page server did not live to finish.
@@ -44,27 +50,54 @@ pub struct Intent {
 pub struct Unfinished {
     pub pages: std::ops::Range<usize>,
     pub before: u64,
-    pub counter: usize,
+    pub kind: Kind,
 }
 
-impl Intent {
-    pub fn set(&self, pages: &Range<usize>, counter: usize, before: u64) {
+impl Live {
+    /// Pages of one kind that have been installed, by all.
+    pub fn count(&self, kind: Kind) -> u64 {
+        self.installers.iter().map(|installer| installer.counts[kind as usize].load(Ordering::Relaxed)).sum()
+    }
+
+    /// All installs that were counted.
+    pub fn installs(&self) -> u64 {
+        Kind::ALL.into_iter().map(|kind| self.count(kind)).sum()
+    }
+}
+
+impl Installer {
+    /// Note which pages are about to be installed.
+    pub fn intend(&self, pages: &Range<usize>, kind: Kind) {
+        let before = self.counts[kind as usize].load(Ordering::Relaxed);
         self.first.store(pages.start as u64, Ordering::Relaxed);
         self.pages.store(pages.len() as u64, Ordering::Relaxed);
         self.before.store(before, Ordering::Relaxed);
-        self.counter.store(counter as u64 + 1, Ordering::Release);
+        self.kind.store(kind as u64 + 1, Ordering::Release);
     }
 
-    pub fn clear(&self) {
-        self.counter.store(0, Ordering::Release);
+    /// They are in, and noted.
+    pub fn add(&self, kind: Kind, pages: u64) {
+        add(&self.counts[kind as usize], pages);
+    }
+
+    /// They are counted.
+    pub fn intend_nothing(&self) {
+        self.kind.store(0, Ordering::Release);
     }
 
     /// What was under way when the last page server died. Believed only inside the VM's pages.
-    pub fn read(&self, pages: usize) -> Option<Unfinished> {
-        let counter = (self.counter.load(Ordering::Acquire) as usize).checked_sub(1)?;
+    pub fn unfinished(&self, pages: usize) -> Option<Unfinished> {
+        let kind = *Kind::ALL.get((self.kind.load(Ordering::Acquire) as usize).checked_sub(1)?)?;
         let first = self.first.load(Ordering::Relaxed) as usize;
         let end = first.checked_add(self.pages.load(Ordering::Relaxed) as usize)?;
         let before = self.before.load(Ordering::Relaxed);
-        (counter < Counters::COUNT && end <= pages).then_some(Unfinished { pages: first..end, before, counter })
+        (end <= pages).then_some(Unfinished { pages: first..end, before, kind })
+    }
+
+    /// Count `pages` of it, unless they have been counted.
+    pub fn settle(&self, unfinished: &Unfinished, pages: u64) {
+        if self.counts[unfinished.kind as usize].load(Ordering::Relaxed) == unfinished.before {
+            self.add(unfinished.kind, pages);
+        }
     }
 }

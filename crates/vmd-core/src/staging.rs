@@ -6,7 +6,7 @@
 use std::sync::Mutex;
 
 /// From here on larger reads do not get cheaper; a 2 MiB page has buffers of its own size.
-pub const SIZE: usize = 1 << 20;
+const SIZE: usize = 1 << 20;
 const KEPT_MAX: usize = 16;
 
 static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());

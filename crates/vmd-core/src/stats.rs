@@ -4,37 +4,29 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// Page counts in pages of the VM's page size; the names are those of `--stats`.
+/// What an install is counted as; the names are those of `--stats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Demand,
+    Replayed,
+    Prefetched,
+    Zero,
+}
+
+impl Kind {
+    pub const COUNT: usize = 4;
+    pub const ALL: [Self; Self::COUNT] = [Self::Demand, Self::Replayed, Self::Prefetched, Self::Zero];
+}
+
+/// Page counts in pages of the VM's page size, but for the installs; the names are those of `--stats`.
 #[repr(C)]
 #[derive(Default)]
 pub struct Counters {
-    pub demand: AtomicU64,
-    pub replayed: AtomicU64,
-    pub prefetched: AtomicU64,
-    pub zero: AtomicU64,
-    pub removed: AtomicU64,
     pub faults: AtomicU64,
+    pub removed: AtomicU64,
     pub poisoned: AtomicU64,
     pub present: AtomicU64,
     pub parked: AtomicU64,
-}
-
-impl Counters {
-    /// Numbers of the counters of installs, as the journal's intent has them.
-    pub const DEMAND: usize = 0;
-    pub const REPLAYED: usize = 1;
-    pub const PREFETCHED: usize = 2;
-    pub const ZERO: usize = 3;
-    pub const COUNT: usize = 4;
-
-    pub fn by_number(&self, number: usize) -> &AtomicU64 {
-        [&self.demand, &self.replayed, &self.prefetched, &self.zero][number]
-    }
-
-    /// All installs that were counted.
-    pub fn installs(&self) -> u64 {
-        (0..Self::COUNT).map(|number| self.by_number(number).load(Relaxed)).sum()
-    }
 }
 
 pub fn add(counter: &AtomicU64, count: u64) {

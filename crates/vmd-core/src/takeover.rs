@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use crate::abi;
 use crate::death::Point;
 use crate::journal::SLOTS;
-use crate::live::Unfinished;
+use crate::live::{Installer, Unfinished};
 use crate::states::State;
 use crate::stats::add;
 use crate::vm::Vm;
@@ -49,10 +49,12 @@ impl Vm {
             }
         }
         journal.clear(SLOTS);
-        if let Some(unfinished) = journal.live().intent.read(self.regions.pages()) {
-            self.finish(&unfinished);
+        for installer in &journal.live().installers {
+            if let Some(unfinished) = installer.unfinished(self.regions.pages()) {
+                self.finish(installer, &unfinished);
+            }
+            installer.intend_nothing();
         }
-        journal.intend_nothing();
         self.settle_removed();
         self.pass(Point::AdoptWake);
         for region in self.regions.iter() {
@@ -62,17 +64,14 @@ impl Vm {
     }
 
     /// Note and count the pages of an install that its page server did not live to note.
-    fn finish(&self, unfinished: &Unfinished) {
+    fn finish(&self, installer: &Installer, unfinished: &Unfinished) {
         let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", self.process.pid)) else { return };
         let mut resident = 0;
         for page in unfinished.pages.clone().filter(|&page| self.is_resident(&pagemap, page)) {
             self.states().set(page, State::Installed);
             resident += 1;
         }
-        let counter = self.counters().by_number(unfinished.counter);
-        if counter.load(Ordering::Relaxed) == unfinished.before {
-            add(counter, resident);
-        }
+        installer.settle(unfinished, resident);
     }
 
     fn is_resident(&self, pagemap: &File, page: usize) -> bool {
@@ -83,7 +82,7 @@ impl Vm {
 
     /// A kill between the note of a removed page and its count leaves it uncounted.
     fn settle_removed(&self) {
-        let (installs, installed) = (self.counters().installs(), self.states().installed());
+        let (installs, installed) = (self.outside.journal.live().installs(), self.states().installed());
         if let Some(removed) = installs.checked_sub(installed) {
             self.counters().removed.store(removed, Ordering::Relaxed);
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use crate::death::{Death, Point, kill_process, stop_dead};
@@ -12,7 +12,7 @@ use crate::journal::Journal;
 use crate::pager::log;
 use crate::regions::Regions;
 use crate::states::{State, States};
-use crate::stats::{Counters, CpuMeter, add, monotonic};
+use crate::stats::{Counters, CpuMeter, Kind, monotonic};
 use crate::uffd::{Outcome, Uffd};
 
 /// The zero source of 2 MiB pages, which know no ZEROPAGE (EINVAL on hugetlbfs).
@@ -146,7 +146,7 @@ impl Vm {
     }
 
     /// Fault thread: enter the gate as the next one.
-    pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
+    pub fn enter_for_demand(&self) -> RwLockWriteGuard<'_, ()> {
         let guard = self.gate.enter_for_demand();
         if self.outside.dead.load(Ordering::Acquire) {
             stop_dead();
@@ -169,24 +169,26 @@ impl Vm {
     /// Do one install between the note that it is intended and the note that it is done.
     ///
     /// `install` returns how many of `pages`, from the first on, it brought, beside its result.
-    /// The caller holds the gate.
+    /// The caller, who is installer number `who`, holds the gate.
     pub fn install<T>(
         &self,
+        who: usize,
         pages: std::ops::Range<usize>,
-        counter: usize,
+        kind: Kind,
         points: [Point; 2],
         install: impl FnOnce() -> (usize, T),
     ) -> T {
         let [installed, noted] = points;
-        self.outside.journal.intend(&pages, counter);
+        let installer = &self.outside.journal.live().installers[who];
+        installer.intend(&pages, kind);
         let (done, result) = install();
         self.pass(installed);
         for page in pages.start..pages.start + done {
             self.states().set(page, State::Installed);
         }
         self.pass(noted);
-        add(self.counters().by_number(counter), done as u64);
-        self.outside.journal.intend_nothing();
+        installer.add(kind, done as u64);
+        installer.intend_nothing();
         result
     }
 
@@ -210,42 +212,39 @@ impl Vm {
     }
 }
 
-/// Keeps the filler's check of a page's state and its install in one piece against REMOVE.
+/// Keeps a filler's check of a page's state and its install in one piece against REMOVE.
 ///
-/// The fault thread holds the gate for a whole turn: read messages, apply them, serve the faults;
-/// the filler around check, install and note. So no REMOVE is *read* between the filler's check
+/// The fault thread holds the gate alone, for a whole turn: read messages, apply them, serve the faults;
+/// the fillers share it around check, install and note. So no REMOVE is *read* between a filler's check
 /// and its note; and before it is read, the kernel answers installs with EAGAIN. Without this a
 /// page could be removed and then filled with stale bytes, with return code 0.
 ///
-/// Neither side waits for the kernel while holding it: installs fail rather than wait for a
-/// pending REMOVE, and reads do not block.
+/// Nobody waits for the kernel while holding it: installs fail rather than wait for a pending
+/// REMOVE, and reads do not block.
 #[derive(Default)]
 pub struct Gate {
-    lock: Mutex<()>,
+    lock: RwLock<()>,
     demand: AtomicBool,
 }
 
 impl Gate {
-    /// Fault thread: enter as the next one. A mutex alone is not fair: the filler, which leaves
-    /// and enters again at once, would mostly win.
-    pub fn enter_for_demand(&self) -> MutexGuard<'_, ()> {
+    /// Fault thread: enter as the next one. A lock alone is not fair: the fillers, which leave
+    /// and enter again at once, would mostly win.
+    pub fn enter_for_demand(&self) -> RwLockWriteGuard<'_, ()> {
         self.demand.store(true, Ordering::Release);
-        let guard = self.lock();
+        let guard = self.lock.write().unwrap_or_else(PoisonError::into_inner); // see `enter_behind_demand`
         self.demand.store(false, Ordering::Release);
         guard
     }
 
     /// Filler: enter when the fault thread does not want to.
-    pub fn enter_behind_demand(&self) -> MutexGuard<'_, ()> {
+    ///
+    /// A thread that stopped dead inside has left nothing half done that the lock guards.
+    pub fn enter_behind_demand(&self) -> RwLockReadGuard<'_, ()> {
         while self.demand.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
-        self.lock()
-    }
-
-    /// A thread that stopped dead inside has left nothing half done that the lock guards.
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lock.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
