@@ -9,6 +9,7 @@ The flow, in reading order; `docs/flow.md` tells it as a story:
 `backend`          4   which backend serves a restore, and what its page server does beside demand
 `restore`          4   thaw: the only long story, told in short steps
 `pages`            5   page faults, the heart: contract, handshake, reference core, native core
+`pager`            5'  the process that serves all sandboxes, its standby, what their journals say
 `sandbox`          6   one sandbox: owns process, page server, directory; ask, kill
 `demo`                 the whole flow on this host, measured
 =================  ======================================================================
@@ -18,7 +19,7 @@ restores go on at once.
 Machinery: `vmm` (Firecracker), `guest` (the built-in one), `host` (the doctor), `cli`.
 
 Imports point one way (a house test keeps it so):
-``cli -> demo -> sandbox -> template -> restore -> backend -> {pages, vmm, snapshot, recording} -> store,
+``cli -> demo -> sandbox -> template -> restore -> backend -> {pager, pages, vmm, snapshot, recording} -> store,
 settings -> states, limits, errors``; ``pages`` never imports ``vmm``: it serves any Firecracker.
 """
 
