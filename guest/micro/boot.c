@@ -61,6 +61,7 @@ void boot(const u8 *zero_page, u64 *root)
     }
     for (u64 pages = heap.pages * fill_percent / 100; heap.filled < pages; tick())
         page_write_next(heap.filled);
+    balloon_start();
     clock.last = rdtsc();
     clock.gap_max = 0;
     put_ready();

@@ -39,6 +39,7 @@ static const struct command {
     {"ping", command_ping},   {"help", command_help},   {"info", command_info},
     {"sweep", command_sweep}, {"check", command_check}, {"fresh", command_fresh},
     {"load", command_load},   {"loads", command_loads}, {"ticks", command_ticks},
+    {"balloon", command_balloon},
 };
 
 static void command_help(struct text rest)

@@ -89,6 +89,8 @@ static char read_char(void)
 {
     while (!(inb(UART_LINE_STATUS) & UART_INPUT_READY)) {
         tick();
+        if (balloon_due())
+            balloon_poll(true);
         relax();
     }
     return (char)inb(UART_DATA);

@@ -1,6 +1,7 @@
 /* Finds the RAM, maps it for ring 3, lays out the guest's own pages and numbers the rest as heap.
  *
- * From 1 MiB up: image | page tables | versions (1 byte a heap page) | touched (1 bit) | samples | heap.
+ * From 1 MiB up: image | page tables | versions (1 byte a heap page) | touched (1 bit) | balloon's map (1 bit)
+ * | samples | balloon's queues | heap.
  * Firecracker's own tables stay as they are: they map the first GiB only, and under a shadowing hypervisor every store
  * into a table in use is a trap. All RAM is mapped a second time instead, at WINDOW + physical, by tables that are
  * complete before one store into the root makes them known. A new entry needs no TLB flush, which ring 3 could not do. */
@@ -12,7 +13,6 @@
 #define E820_USABLE 1
 #define MIB (1UL << 20)
 #define GIB (1UL << 30)
-#define WINDOW (512 * GIB) /* virtual; entry 1 of the root */
 #define RAM_END_MAX (128 * GIB) /* the tables must fit the 2 MiB that start.S opened */
 #define TABLE_ENTRY 0x27UL /* present, writable, user, accessed */
 #define LARGE_PAGE 0xe7UL  /* and dirty, 2 MiB: no walker ever writes to the tables */
@@ -93,8 +93,10 @@ bool memory_map(const u8 *zero_page, u64 *root)
     u64 most_pages = heap.memory_bytes / PAGE_BYTES;
     heap.versions = reserve(&next, most_pages);
     heap.touched = reserve(&next, most_pages / 8 + 8);
+    balloon.map = reserve(&next, most_pages / 8 + 8);
     heap.samples = reserve(&next, SAMPLES_MAX * sizeof *heap.samples);
     next = round_up(next, PAGE_BYTES);
+    balloon.memory = reserve(&next, PAGE_BYTES);
     if (next >= region_end(first))
         return false;
     first->pages = (region_end(first) - next) / PAGE_BYTES;

@@ -1,5 +1,5 @@
 /* The whole guest in one header. Reading order: start.S, boot.c, memory.c, pattern.c, console.c, command.c, params.c,
- * then the commands: sweep.c with order.c, verify.c, probe.c. */
+ * then the commands: sweep.c with order.c, verify.c, probe.c; balloon.c beside them. */
 #ifndef MICRO_H
 #define MICRO_H
 
@@ -18,6 +18,9 @@ typedef _Bool bool;
 #define TAG_MAX_CHARS 32
 #define REGIONS_MAX 8
 #define SAMPLES_MAX 4096UL
+#define WINDOW (512UL << 30) /* virtual; RAM is mapped a second time from here on, see memory.c */
+#define MMIO_AT_D0000000 0x200000UL /* virtual; 2 MiB of device registers each, mapped by start.S */
+#define MMIO_AT_C0000000 0x400000UL
 #define U64_MAX (~0UL)
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
 
@@ -131,13 +134,13 @@ struct region {
 };
 struct heap {
     u64 pages;
-    u64 filled;  /* every page below this number has been written */
-    u64 written; /* pages that have been written at least once */
+    u64 filled;  /* every page below this number has been written; the balloon may have emptied some since */
+    u64 written; /* pages that hold something */
     u64 seed;
     u64 memory_bytes; /* all usable RAM above 1 MiB, the guest's own pages included */
     u64 region_count;
     struct region regions[REGIONS_MAX]; /* heap pages only */
-    u8 *versions;                       /* one a page; 0: never written, must read as zeros */
+    u8 *versions;                       /* one a page; 0: never written, or given up since; reads as zeros */
     u64 *touched;                       /* one bit a page, scratch of a sweep */
     u64 *samples;                       /* SAMPLES_MAX, scratch of `loads` */
 };
@@ -180,6 +183,33 @@ struct order {
 void order_prepare(struct order *order);
 struct run order_run(struct order *order, u64 position);
 
+/* balloon.c: pages that the host has taken. */
+struct balloon {
+    volatile u32 *registers; /* null: there is no such device */
+    struct balloon_memory *memory;
+    u64 *map;          /* one bit a heap page: it is in the balloon */
+    u64 polled, pause; /* TSC of the last look at the target; cycles until the next */
+    u64 target, held;  /* pages, as are the two below */
+    u64 inflated, deflated;
+    u64 next, stride;   /* the heap page that is given up next, and how far below it the one after */
+    u64 lowest;         /* no page below is in it */
+    struct wrong stale; /* words that came back and were not zero */
+};
+extern struct balloon balloon;
+void balloon_start(void);
+void balloon_poll(bool idle); /* one look, one request at most; only when due */
+
+static inline bool balloon_due(void)
+{
+    /* By the last tick, which costs nothing. A TSC that was set back counts as due. */
+    return clock.last - balloon.polled >= balloon.pause;
+}
+
+static inline bool balloon_holds(u64 page)
+{
+    return balloon.held && balloon.map[page / 64] >> page % 64 & 1;
+}
+
 /* The commands. */
 extern u64 text_sum_at_boot;
 void command_info(struct text rest);
@@ -189,5 +219,6 @@ void command_fresh(struct text rest);
 void command_load(struct text rest);
 void command_loads(struct text rest);
 void command_ticks(struct text rest);
+void command_balloon(struct text rest);
 
 #endif

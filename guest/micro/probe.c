@@ -17,10 +17,21 @@ static u64 timed_load(u64 page, u64 *wrong)
     return cycles;
 }
 
+static bool outside_balloon(u64 start, u64 stride, u64 count)
+{
+    for (u64 page = start; count--; page += stride)
+        if (balloon_holds(page)) {
+            reply_error("expected pages outside the balloon, came ");
+            put_decimal(page);
+            return false;
+        }
+    return true;
+}
+
 void command_load(struct text rest)
 {
     struct param page = {"page", 0, 0, U64_MAX, 0, false};
-    if (!params_parse(rest, &page, 1) || !param_within(&page, 0, heap.pages - 1))
+    if (!params_parse(rest, &page, 1) || !param_within(&page, 0, heap.pages - 1) || !outside_balloon(page.value, 1, 1))
         return;
     u64 wrong = 0, cycles = timed_load(page.value, &wrong);
     reply_ok();
@@ -71,6 +82,8 @@ void command_loads(struct text rest)
         return;
     u64 start = params[START].value, stride = params[STRIDE].value;
     if (!param_within(&params[PAGES], 1, (heap.pages - 1 - start) / stride + 1))
+        return;
+    if (!outside_balloon(start, stride, params[PAGES].value))
         return;
     u64 count = params[PAGES].value, wrong = 0, *samples = heap.samples;
     for (u64 i = 0; i < count; i++)

@@ -2,7 +2,8 @@
 #
 # Ring 0 is left as fast as possible: under a paravirtual (nested) KVM each of its instructions is emulated, ring 3 runs
 # natively everywhere. So only what ring 3 cannot do for itself is done here: open the page that holds this image to
-# ring 3, load a GDT that has ring-3 segments, leave with IOPL 3 so that ports work. All else is C in ring 3.
+# ring 3, map the VMM's device registers in place of RAM that is not used here (which takes the flush that CR3 brings),
+# load a GDT that has ring-3 segments, leave with IOPL 3 so that ports work. All else is C in ring 3.
 
         .section .start, "ax"
         .globl  _start
@@ -16,6 +17,8 @@ _start:
         mov     (%rax), %rax
         and     $-4096, %rax
         orb     $4, (%rax)
+        movl    $0xd00000e7, 8(%rax)    # device registers at 2 MiB and 4 MiB: large pages, open to ring 3; the upper
+        movl    $0xc00000e7, 16(%rax)   # halves of the entries are zero
         mov     %rsi, %cr3
         lgdt    gdt_pointer
         mov     $stack_top - 8, %esp    # as if called: rsp + 8 is a multiple of 16

@@ -9,7 +9,7 @@ struct sweep {
     struct order order;
     struct wrong wrong;
     u64 start, write, compute_cycles;
-    u64 touches, distinct, runs, written, previous;
+    u64 touches, distinct, runs, written, skipped, previous;
 };
 
 static void compute(u64 cycles)
@@ -25,21 +25,31 @@ static void mark(struct sweep *sweep, u64 offset)
     *word |= bit;
 }
 
-static void touch(struct sweep *sweep, u64 offset)
+static void use(struct sweep *sweep, u64 offset)
 {
     u64 page = sweep->start + offset;
     page_check(page, &sweep->wrong);
     mark(sweep, offset);
     sweep->runs += !sweep->touches || page != sweep->previous + 1;
     sweep->previous = page;
-    if (percent_hit(sweep->order.seed, sweep->touches, sweep->write)) {
+    if (percent_hit(sweep->order.seed, sweep->touches + sweep->skipped, sweep->write)) {
         page_write_next(page);
         sweep->written++;
     }
     sweep->touches++;
+}
+
+static void touch(struct sweep *sweep, u64 offset)
+{
+    if (balloon_holds(sweep->start + offset))
+        sweep->skipped++;
+    else
+        use(sweep, offset);
     if (sweep->compute_cycles)
         compute(sweep->compute_cycles);
     tick();
+    if (balloon_due())
+        balloon_poll(false);
 }
 
 static u64 run_sweep(struct sweep *sweep)
@@ -47,6 +57,9 @@ static u64 run_sweep(struct sweep *sweep)
     order_prepare(&sweep->order);
     for (u64 i = 0; i <= sweep->order.span / 64; i++)
         heap.touched[i] = 0;
+    tick();
+    if (balloon_due())
+        balloon_poll(false); /* so that a short sweep has none of it in its cycles */
     u64 begin = rdtsc();
     for (u64 position = 0; position < sweep->order.runs; position++) {
         struct run run = order_run(&sweep->order, position);
@@ -68,6 +81,8 @@ static void put_sweep(const struct sweep *sweep, u64 cycles)
         put_pair("written", sweep->written);
     if (sweep->order.replace)
         put_pair("replaced", sweep->order.replaced);
+    if (sweep->skipped)
+        put_pair("skipped", sweep->skipped);
     put_wrong(&sweep->wrong);
 }
 

@@ -100,9 +100,11 @@ class Vmm:
         self.send(command.encode() + b"\n")
         return self.line()
 
-    def boot(self, kernel: Path, mib: int, arguments: str = "") -> str:
+    def boot(self, kernel: Path, mib: int, arguments: str = "", *, balloon: bool = False) -> str:
         """Starts the guest and returns its ready line."""
         self.call("PUT", "/machine-config", vcpu_count=1, mem_size_mib=mib)
+        if balloon:
+            self.call("PUT", "/balloon", amount_mib=0, deflate_on_oom=False)
         self.call("PUT", "/boot-source", kernel_image_path=str(kernel), boot_args=f"reboot=k {arguments}")
         self.call("PUT", "/actions", action_type="InstanceStart")
         return self.line()
