@@ -305,7 +305,13 @@ async def _booted(settings: Settings, name: str, shape: Shape) -> AsyncIterator[
         vmm = await Vmm.spawn(find_firecracker(settings), owned.path, f"{_EPHEMERAL}boot", dies_with_parent=True)
         try:
             huge = shape.page_size > 4096
-            await vmm.boot(kernel=guest.kernel(), boot_args=_BOOT_ARGS, mem_mib=shape.mem_mib, huge_pages=huge)
+            await vmm.boot(
+                kernel=guest.kernel(),
+                boot_args=_BOOT_ARGS,
+                mem_mib=shape.mem_mib,
+                huge_pages=huge,
+                balloon=not huge,
+            )
             await vmm.console.wait_line(_READY_LINE, limits.GUEST_BOOT_SECONDS)
             yield vmm
         finally:

@@ -106,6 +106,32 @@ def test_its_own_words_are_kept(spawned: Spawn, micro: Path, frozen: tuple[Path,
     run(story())
 
 
+def test_the_balloon_takes_and_gives_back(spawned: Spawn, micro: Path) -> None:
+    async def story() -> None:
+        async with spawned() as vmm:
+            await vmm.boot(kernel=micro, boot_args="", mem_mib=MEM_MIB, huge_pages=False, balloon=True)
+            await vmm.console.wait_line("ready", 30)
+            for mib in (4, 1, 0):
+                await vmm.set_balloon(mib)
+                async with asyncio.timeout(10):
+                    while f" held={mib * 256} " not in (answer := await vmm.console.ask("balloon", 10)):
+                        assert answer.startswith(f"ok device=1 target={mib * 256} ")
+            assert "wrong=0" in await vmm.console.ask("check", 30)
+            with pytest.raises(VmmError, match=r"^PATCH /balloon: .* \(status 400\)$"):
+                await vmm.set_balloon(MEM_MIB + 1)
+
+    run(story())
+
+
+def test_no_balloon_unless_it_was_asked_for(booted: Spawn) -> None:
+    async def story() -> None:
+        async with booted() as vmm:
+            with pytest.raises(VmmError, match=r"^PATCH /balloon: .*No balloon device found.* \(status 400\)$"):
+                await vmm.set_balloon(1)
+
+    run(story())
+
+
 def test_a_torn_memory_file_is_refused(spawned: Spawn, frozen: tuple[Path, Path], tmp_path: Path) -> None:
     short = tmp_path / "memory"
     short.write_bytes(bytes(4096))
@@ -189,6 +215,7 @@ WAITS: dict[str, Wait] = {
     "ask": lambda vmm: vmm.console.ask("ping", 30),
     "wait_line": lambda vmm: vmm.console.wait_line("never", 30),
     "queued ask": lambda vmm: asyncio.gather(vmm.console.ask("ping", 30), vmm.console.ask("ping", 30)),
+    "set_balloon": lambda vmm: vmm.set_balloon(1),
     "queued request": lambda vmm: asyncio.gather(vmm.version(), vmm.version()),
 }
 
