@@ -155,6 +155,16 @@ def _change_pool(by: int) -> int:
         return before
 
 
+def evict(file: Path) -> None:
+    """Drop the file from the page cache."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 def numbers(answer: str) -> dict[str, int]:
     """``ok pages=3 wrong=0`` as a dictionary of its whole numbers."""
     assert answer.startswith("ok "), answer

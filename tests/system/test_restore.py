@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import START, Run, left_in, numbers
+from tests.system.conftest import START, Run, evict, left_in, numbers
 from vmd.backend import Request
 from vmd.errors import BackendUnavailable, SnapshotError
 from vmd.restore import Restored, restore
@@ -238,16 +238,6 @@ def test_a_load_reads_next_to_nothing_of_a_cold_memory(
             await finish(restored.close())
 
     assert run(story()) < 0.01
-
-
-def evict(file: Path) -> None:
-    """Drop the file from the page cache."""
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def resident(file: Path) -> float:
