@@ -19,8 +19,9 @@ from tests.support import guest_memory
 from tests.system.conftest import SHAPE, Run, evict, numbers
 from vmd.backend import Request
 from vmd.pages.server import PageServer
-from vmd.restore import Restored, finish, restore
+from vmd.restore import Restored, restore
 from vmd.settings import Settings
+from vmd.tasks import finish
 from vmd.template import Template
 
 SPAN = 4096

@@ -75,9 +75,13 @@ def test_the_recording_is_of_this_snapshot_in_first_touch_order(template: Templa
 
 @pytest.mark.seed(30)
 def test_an_existing_log_of_the_snapshot_is_kept(template: Template, settings: Settings, run: Run) -> None:
-    before = template.access_log.stat(), template.access_log.read_bytes()
+    def look() -> tuple[int, int, bytes]:
+        status = template.access_log.stat()
+        return status.st_ino, status.st_mtime_ns, template.access_log.read_bytes()
+
+    before = look()
     again = run(templates.record(settings, template))
-    assert (template.access_log.stat(), template.access_log.read_bytes()) == before
+    assert look() == before
     assert (again.recorded_pages, again.recording_ended) == (template.recorded_pages, "settled")
 
 
