@@ -53,7 +53,7 @@ class Journalled:
 Start = Callable[[Service], Journalled]
 
 
-@pytest.fixture
+@pytest.fixture(params=["native"])  # as all tests of the contract suite say it
 def journalled(run_dir: Path, make_image: MakeImage) -> Iterator[Start]:
     """Call it with a `Service`: the VMM is served, with a journal."""
     try:
