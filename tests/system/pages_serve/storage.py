@@ -11,7 +11,7 @@ from typing import Self
 
 _FAN_CLASS_CONTENT, _FAN_CLOEXEC = 0x4, 0x1
 _FAN_MARK_ADD, _FAN_ACCESS_PERM = 0x1, 0x20000
-_FAN_ALLOW = 1
+_FAN_ALLOW, _FAN_DENY = 1, 2
 _AT_FDCWD = -100
 _EVENT = struct.Struct("IBBHQii")  # struct fanotify_event_metadata
 _RESPONSE = struct.Struct("iI")
@@ -41,11 +41,11 @@ class SilentStorage:
         poll.register(self._fd, select.POLLIN)
         assert poll.poll(10_000), "nobody reads"
 
-    def answer(self) -> None:
-        """Let one read go on."""
+    def answer(self, *, allow: bool = True) -> None:
+        """Let one read go on, or fail."""
         self.wait()
         event = _EVENT.unpack(os.read(self._fd, _EVENT.size))
-        os.write(self._fd, _RESPONSE.pack(event[5], _FAN_ALLOW))
+        os.write(self._fd, _RESPONSE.pack(event[5], _FAN_ALLOW if allow else _FAN_DENY))
         os.close(event[5])
 
     def close(self) -> None:
