@@ -15,15 +15,19 @@ WAIT_SECONDS = 20.0
 
 
 class Held:
-    """The threads that this process's main thread begins while it is open; see tracer.py for the stops."""
+    """The threads that this process's main thread begins while it is open; see tracer.py for the stops.
 
-    def __init__(self, **stops: int) -> None:
+    ``pid``: all threads but the main one of another process, those that it begins later too.
+    """
+
+    def __init__(self, pid: int | None = None, **stops: int) -> None:
+        self._whom = [str(os.getpid())] if pid is None else [str(pid), "all"]
         self._stops = stops
 
     def __enter__(self) -> Self:
         script = Path(__file__).with_name("tracer.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-S", str(script), str(os.getpid())],
+            [sys.executable, "-S", str(script), *self._whom],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

@@ -1,9 +1,9 @@
 """A process that stops single threads of another at chosen system calls, so that a race has one outcome.
 
 ``tracer.py PID``: traces the threads that PID's main thread begins from now on (ptrace(2), x86-64;
-the main thread itself runs on). Says ``ready``, then reads one JSON object: the stops. Says each
-stop by name when a thread has come to it, and keeps that thread there. Lets all go when its
-standard input ends.
+the main thread itself runs on); with ``all`` behind it also those that there are already. Says
+``ready``, then reads one JSON object: the stops. Says each stop by name when a thread has come to
+it, and keeps that thread there. Lets all go when its standard input ends.
 
 - ``copy``: a thread is about to install image bytes at address ``copy`` (entry of the ioctl);
 - ``pread``: a thread is about to read the file from offset ``pread`` (entry of the system call);
@@ -20,11 +20,13 @@ import select
 import signal
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 PTRACE_CONT = 7
 PTRACE_SYSCALL = 24
 PTRACE_SEIZE = 0x4206
+PTRACE_INTERRUPT = 0x4207
 PTRACE_LISTEN = 0x4208
 PTRACE_GET_SYSCALL_INFO = 0x420E
 OPTION_SYSGOOD = 1 << 0
@@ -60,6 +62,13 @@ class Tracer:
         self.reads: dict[int, tuple[int, ...]] = {}  # by thread: the arguments of the read that it is in
         self.stops: dict[str, int] = {}
         ptrace(PTRACE_SEIZE, pid, 0, OPTION_SYSGOOD | OPTION_CLONE)
+
+    def seize_others(self) -> None:
+        """Trace the threads that there are, each from its next system call on."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            if int(task.name) != self.pid:
+                ptrace(PTRACE_SEIZE, int(task.name), 0, OPTION_SYSGOOD | OPTION_CLONE)
+                ptrace(PTRACE_INTERRUPT, int(task.name))
 
     def run(self) -> None:
         """Follow all threads; those at a stop stay there."""
@@ -108,6 +117,8 @@ class Tracer:
 def main() -> None:
     """See the module."""
     tracer = Tracer(int(sys.argv[1]))
+    if sys.argv[2:] == ["all"]:
+        tracer.seize_others()
     print("ready", flush=True)
     tracer.stops = json.loads(sys.stdin.readline())
     tracer.run()
