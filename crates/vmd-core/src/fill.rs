@@ -84,8 +84,14 @@ pub fn fill_from_cache(
 
 /// The same by two threads.
 pub fn fill_by_two(vm: &Vm, runs: impl Iterator<Item = Run> + Send, pages: usize, kind: Kind) -> io::Result<bool> {
-    let plan = Mutex::new(Plan { runs: runs.peekable(), left: pages });
-    let fill = |who| fill_parts(vm, who, &plan, kind);
+    let plan = Mutex::new(Plan { runs: runs.peekable(), left: pages, over: false });
+    let fill = |who| {
+        let filled = fill_parts(vm, who, &plan, kind);
+        if !matches!(filled, Ok(true)) {
+            plan.lock().unwrap_or_else(PoisonError::into_inner).over = true; // what ends one ends both
+        }
+        filled
+    };
     let crashes = &vm.outside.journal.live().crashes;
     std::thread::scope(|scope| {
         let second = std::thread::Builder::new().name("vmd-install-2".into()).stack_size(STACK_BYTES);
@@ -104,13 +110,14 @@ pub fn fill_by_two(vm: &Vm, runs: impl Iterator<Item = Run> + Send, pages: usize
 struct Plan<I: Iterator<Item = Run>> {
     runs: std::iter::Peekable<I>,
     left: usize, // pages
+    over: bool,
 }
 
 impl<I: Iterator<Item = Run>> Plan<I> {
     /// The next runs, so many that their bytes fit `room`; none at the end.
     fn take(&mut self, vm: &Vm, room: usize) -> Vec<Run> {
         let (mut part, mut bytes) = (Vec::new(), 0);
-        while part.len() < CHUNK_RUNS_MAX && bytes < CHUNK {
+        while !self.over && part.len() < CHUNK_RUNS_MAX && bytes < CHUNK {
             let Some(run) = self.runs.next_if(|run| bytes + data_bytes(vm, run) <= room) else { break };
             bytes += data_bytes(vm, &run);
             self.left = self.left.saturating_sub(run.pages.len());
