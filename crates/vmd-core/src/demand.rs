@@ -55,10 +55,15 @@ impl Vm {
     /// Zeros for a page that is a hole of the image, or was removed; nothing for a poisoned one.
     pub fn install_known(&self, page: usize) -> Result<Progress, Ended> {
         if self.states().get(page) == State::Poisoned {
-            self.uffd.wake(self.regions.address(page), self.regions.page_size);
-            return Ok(Progress::Served); // its touch is a SIGBUS now
+            return Ok(self.let_go(page)); // its touch is a SIGBUS now
         }
         self.install_demand(page, Kind::Zero, || self.zero(page, 1))
+    }
+
+    /// Nothing to install: who still waits for the page touches it again.
+    fn let_go(&self, page: usize) -> Progress {
+        self.uffd.wake(self.regions.address(page), self.regions.page_size);
+        Progress::Served
     }
 
     pub fn copy_in(&self, page: usize, bytes: &[u8]) -> Result<Progress, Ended> {
@@ -102,6 +107,8 @@ impl Vm {
                 self.uffd.wake(address, self.regions.page_size);
             }
             Outcome::Later | Outcome::Partial(_) => return Ok(Progress::Refused),
+            // Unmapped since: the filler had served the fault while it was parked here.
+            Outcome::Edge if self.states().get(page) == State::Removed => return Ok(self.let_go(page)),
             Outcome::Edge if !self.process.has_exited() => {
                 return Err(Ended::Failed(format!("fault at {address:#x}: no userfaultfd memory is registered there")));
             }

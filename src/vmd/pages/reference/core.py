@@ -262,6 +262,9 @@ class ReferenceCore:
                 return False
             case Outcome.GONE:
                 raise self._gone(f"the VMM lives on without the memory that it registered, {self._regions}")
+            case Outcome.EDGE if self._memory.states[page] == PageState.REMOVED:
+                self._memory.wake(page)  # unmapped since: the filler had served the fault while it was parked here
+                return True
             case Outcome.EDGE if self._has_exited():
                 raise _EndError(EndReason.GONE)
             case Outcome.EDGE:

@@ -124,6 +124,10 @@ class Memory:
         with self.lock:
             return self._install(range(page, page + 1), data, "demand")
 
+    def wake(self, page: int) -> None:
+        """Let those who wait for a page try again."""
+        self._installer.wake(self.regions.address(page), self.page_size)
+
     def poison(self, page: int) -> Step:
         """Make a page that cannot be read fail at its touch: neither wrong bytes nor silence."""
         with self.lock:
