@@ -66,12 +66,15 @@ impl Vm {
     /// Note and count the pages of an install that its page server did not live to note.
     fn finish(&self, installer: &Installer, unfinished: &Unfinished) {
         let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", self.process.pid)) else { return };
-        let mut resident = 0;
-        for page in unfinished.pages.clone().filter(|&page| self.is_resident(&pagemap, page)) {
-            self.states().set(page, State::Installed);
-            resident += 1;
+        let mut installed = 0;
+        for page in unfinished.pages.clone() {
+            // One that is noted may have been taken away since, by a REMOVE that will still be read and counted.
+            if self.states().get(page) == State::Installed || self.is_resident(&pagemap, page) {
+                self.states().set(page, State::Installed);
+                installed += 1;
+            }
         }
-        installer.settle(unfinished, resident);
+        installer.settle(unfinished, installed);
     }
 
     fn is_resident(&self, pagemap: &File, page: usize) -> bool {
