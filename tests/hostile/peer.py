@@ -33,7 +33,7 @@ class Peer:
         self.socket.connect(str(path))
 
     def send(self, data: bytes, *kinds: str) -> None:
-        """One message with descriptors of these kinds: ``uffd``, ``eventfd``, ``null``."""
+        """One message with descriptors of these kinds: ``uffd``, ``eventfd``, ``null``, ``named``."""
         fds = [_descriptor(kind) for kind in kinds]
         try:
             sent = socket.send_fds(self.socket, [data], fds) if fds else 0
@@ -50,6 +50,8 @@ class Peer:
 def _descriptor(kind: str) -> int:
     if kind == "uffd":
         return uffd.create()
+    if kind == "named":  # the name of a memfd is anybody's to choose
+        return os.memfd_create("a\nvmd: b\x1b[2J\udcff")
     return os.eventfd(0) if kind == "eventfd" else os.open("/dev/null", os.O_RDWR)
 
 

@@ -133,6 +133,7 @@ PAST = 1 << 64
         (b"[{}}", "comma"),
         (body() + b"x", "white space"),
         (body() + b"[", "white space"),
+        (body() + b"\xe2", "white space"),  # a character that has only begun
         (body() + b"]", "white space"),
         (body() + b"\x00", "white space"),
     ],
@@ -247,6 +248,7 @@ def test_white_space_without_end_after_it(server: Server) -> None:
         (["uffd"] + ["null"] * 252, "got 253"),
         (["null"], "/dev/null"),
         (["eventfd"], "[eventfd]"),
+        (["named"], r"/memfd:a\nvmd: b\x1b[2J\udcff"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -123,3 +123,10 @@ def test_a_partial_character_waits_for_its_rest() -> None:
         scanner.feed(bytes([byte]))
     assert scanner.complete
     assert json.loads(scanner.text) == [{"ü": "€𝄞"}]
+
+
+@pytest.mark.parametrize("so_far", [b"", b"[", b"[{", b'[{"a":', b'[{"a":1', b"[]"])
+def test_the_first_byte_of_a_character_outside_strings_is_enough(so_far: bytes) -> None:
+    scanner = scan(so_far, [])
+    with pytest.raises(ValueError, match=r"got b'\\xe2'"):
+        scanner.feed(b"\xe2")

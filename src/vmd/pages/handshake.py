@@ -174,7 +174,7 @@ class _Talk:
             raise HandshakeRefused(f"handshake: expected one descriptor with the first message, got {len(self.fds)}")
         link = str(Path(f"/proc/self/fd/{self.fds[0]}").readlink())
         if link != _UFFD_LINK:
-            raise HandshakeRefused(f"handshake: expected a userfaultfd, got {_shown(link)}")
+            raise HandshakeRefused(f"handshake: expected a userfaultfd, got {_shown(ascii(link)[1:-1])}")
 
     def _has_more(self) -> bool:
         """Whether bytes already wait behind the closing bracket; what a dead peer has sent counts too."""

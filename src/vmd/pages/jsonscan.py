@@ -74,6 +74,9 @@ class ArrayScanner:
         at = 0
         while at < len(text):
             at = self._string(text, at) if self._in_string else self._token(text, at)
+        begun, _ = self._decoder.getstate()
+        if begun and not self._in_string:  # whatever character it becomes, it has no place here
+            raise self._unexpected(begun)
 
     def _string(self, text: str, at: int) -> int:
         matched = _PLAIN.match(text, at)
@@ -151,7 +154,7 @@ class ArrayScanner:
         self.complete = not self._open
         self._want = _Want.NOTHING if self.complete else _Want.COMMA_OR_END
 
-    def _unexpected(self, got: str) -> ValueError:
+    def _unexpected(self, got: str | bytes) -> ValueError:
         return ValueError(f"expected {self._want.value}, got {got!r}")
 
 
