@@ -99,7 +99,7 @@ def read_access_log(path: Path, memory_bytes: int) -> Recording:
         page_size = int(keys.get("page-size", "4096"))
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page-size: expected 4096 or {PAGE_SIZES[1]}, got {page_size}")
-        ticks = tuple(int(word) for word in keys.get("faults-per-tick", "").split(",") if word)
+        ticks = tuple(_faults(word) for word in keys.get("faults-per-tick", "").split(",") if word)
     except ValueError as failure:
         raise VmdError(f"read {path}: {failure}") from None
     offsets, skipped = _parse(body, page_size, memory_bytes)
@@ -192,8 +192,20 @@ def _header_keys(lines: list[bytes]) -> dict[str, str]:
                 raise ValueError(f"access-log version {version[:20]!r}; this vmd reads {VERSION}")
         key, colon, value = text.partition(":")
         if colon:
-            keys.setdefault(key.strip(), value.strip())
+            keys.setdefault(key.strip(), _printable(value.strip()))
     return keys
+
+
+def _faults(word: str) -> int:
+    faults = int(word)
+    if not 0 <= faults < 1 << 64:
+        raise ValueError(f"faults-per-tick: expected numbers of faults, got {word[:_DIGITS_MAX]}")
+    return faults
+
+
+def _printable(value: str) -> str:
+    """``value`` as it may be shown: it goes into warnings and onto terminals, and anybody can write a log."""
+    return value if value.isprintable() else ascii(value)[1:-1]
 
 
 def _parse(body: bytes, page_size: int, memory_bytes: int) -> tuple[array[int], int]:

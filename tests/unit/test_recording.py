@@ -179,11 +179,18 @@ def test_misaligned_is_measured_by_the_logs_own_pages(path: Path) -> None:
         (b"# page-size: 4K\n", "invalid literal"),
         (b"# page-size: -4096\n", "page-size: expected 4096"),
         (b"# faults-per-tick: 1,x\n", "invalid literal"),
+        (b"# faults-per-tick: 1,-1\n", "faults-per-tick: expected numbers of faults, got -1"),
+        (b"# faults-per-tick: 1" + b"0" * 400 + b"\n", "faults-per-tick: expected numbers of faults, got 10000"),
     ],
 )
 def test_a_header_that_is_not_understood(path: Path, text: bytes, why: str) -> None:
     with pytest.raises(VmdError, match=f"^read {path}: {why}"):
         log(path, text)
+
+
+def test_what_a_log_calls_itself_can_be_shown(path: Path) -> None:
+    read = log(path, b"# snapshot: a\x1b[2J\r\xff1\n# ended: b\tc\n")
+    assert (read.snapshot, read.ended) == (r"a\x1b[2J\r\ufffd1", r"b\tc")
 
 
 def test_what_is_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
