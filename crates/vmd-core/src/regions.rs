@@ -78,7 +78,7 @@ impl Regions {
     pub fn pages_between(&self, start: u64, end: u64) -> Vec<std::ops::Range<usize>> {
         let clip = |(at, region): (usize, &Region)| {
             let low = start.max(region.base);
-            let high = end.min(region.base + region.size);
+            let high = end.min(region.base.saturating_add(region.size)); // a region may end with the address space
             (low < high).then(|| {
                 let first = self.first_pages[at];
                 let from = (low - region.base) / self.page_size;
@@ -98,7 +98,7 @@ impl std::fmt::Display for Regions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (at, region) in self.ordered.iter().enumerate() {
             let comma = if at > 0 { ", " } else { "" };
-            write!(f, "{comma}{:#x}-{:#x}", region.base, region.base + region.size)?;
+            write!(f, "{comma}{:#x}-{:#x}", region.base, u128::from(region.base) + u128::from(region.size))?;
         }
         Ok(())
     }
@@ -139,5 +139,15 @@ mod tests {
         assert_eq!(regions.pages_between(0x1800, 0xa000), [0..3, 3..4]);
         assert_eq!(regions.pages_between(0x2000, 0xa000), [1..3, 3..4]);
         assert!(regions.pages_between(0x4000, 0x9000).is_empty());
+    }
+
+    #[test]
+    fn a_region_may_end_with_the_address_space() {
+        let regions = Regions::new(vec![Region { base: 0_u64.wrapping_sub(0x2000), size: 0x2000, offset: 0 }], 0x1000);
+        let pages_below = |end| regions.pages_between(0, end).into_iter().flatten().collect::<Vec<_>>();
+        assert_eq!(pages_below(u64::MAX), [0, 1]);
+        assert_eq!(pages_below(0_u64.wrapping_sub(0x1000)), [0]);
+        assert_eq!(regions.find(u64::MAX), Some(1));
+        assert_eq!(regions.to_string(), "0xffffffffffffe000-0x10000000000000000");
     }
 }
