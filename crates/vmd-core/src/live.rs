@@ -54,14 +54,15 @@ pub struct Unfinished {
 }
 
 impl Live {
-    /// Pages of one kind that have been installed, by all.
+    /// Pages of one kind that have been installed, by all. A journal may say anything: no sum of it overflows.
     pub fn count(&self, kind: Kind) -> u64 {
-        self.installers.iter().map(|installer| installer.counts[kind as usize].load(Ordering::Relaxed)).sum()
+        let counts = self.installers.iter().map(|installer| installer.counts[kind as usize].load(Ordering::Relaxed));
+        counts.fold(0, u64::saturating_add)
     }
 
     /// All installs that were counted.
     pub fn installs(&self) -> u64 {
-        Kind::ALL.into_iter().map(|kind| self.count(kind)).sum()
+        Kind::ALL.into_iter().map(|kind| self.count(kind)).fold(0, u64::saturating_add)
     }
 }
 
@@ -99,5 +100,19 @@ impl Installer {
         if self.counts[unfinished.kind as usize].load(Ordering::Relaxed) == unfinished.before {
             self.add(unfinished.kind, pages);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_a_stranger_do_not_overflow() {
+        let live = Live::default();
+        live.installers[DEMAND].add(Kind::Demand, u64::MAX);
+        live.installers[FILLERS[0]].add(Kind::Demand, 1);
+        live.installers[FILLERS[1]].add(Kind::Zero, 1);
+        assert_eq!((live.count(Kind::Demand), live.installs()), (u64::MAX, u64::MAX));
     }
 }
