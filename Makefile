@@ -12,9 +12,10 @@ CORE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name 
 GUEST_SOURCES := $(shell find guest/micro -name '*.[chS]' -o -name '*.ld' -o -name Makefile)
 GUEST := src/vmd/guest/micro.elf
 READY := $(STAMPS)/venv $(STAMPS)/core $(GUEST) .venv/bin/jailer
-CODE := src tests setup $(if $(wildcard benches/*.py),benches)
+FUZZ_SECONDS := 600
+CODE := src tests setup fuzz $(if $(wildcard benches/*.py),benches)
 
-.PHONY: help develop demo test check lint fmt rust soak soak-short bench bench-fault bench-restore mutants clean
+.PHONY: help develop demo test check lint fmt rust soak soak-short bench bench-fault bench-restore mutants fuzz clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name words; do printf '  make %-14s %s\n' "$$name" "$$words"; done
@@ -60,6 +61,9 @@ bench-restore: develop ## restores under replay against File and the floor
 mutants: develop ## sabotage the core in many ways; the suite must notice each
 	@$(PY) -m tests.mutants
 
+fuzz: develop $(STAMPS)/fuzz ## fuzz what reads the words of others, FUZZ_SECONDS (600) each
+	@$(PY) -m fuzz --seconds $(FUZZ_SECONDS)
+
 clean: ## remove what was built, but for the environment
 	rm -rf build target .pytest_cache .mypy_cache .ruff_cache .hypothesis $(GUEST) $(STAMPS)/core
 	$(MAKE) -C guest/micro clean
@@ -69,6 +73,9 @@ $(STAMPS)/venv: pyproject.toml setup/constraints.txt setup/venv.py $(SETUP)
 
 $(STAMPS)/core: $(CORE_SOURCES) setup/core.py setup/rust.py $(SETUP) | $(STAMPS)/venv
 	@$(PY) -m setup.core
+
+$(STAMPS)/fuzz: pyproject.toml setup/constraints.txt setup/fuzz.py $(SETUP) | $(STAMPS)/venv
+	@$(PY) -m setup.fuzz
 
 $(GUEST): $(GUEST_SOURCES) setup/guest.py $(SETUP) | $(STAMPS)/venv
 	@$(PY) -m setup.guest

@@ -9,8 +9,10 @@ import sysconfig
 from . import rust
 from .common import ROOT, say
 
+_FUZZ = ("--manifest-path", "fuzz/Cargo.toml")  # a workspace of its own, compiled by `make fuzz` only
 _CHECKS = (
     ("fmt", "--all", "--check"),
+    ("fmt", *_FUZZ, "--check"),
     ("clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"),
     ("test", "--workspace", "--locked", "--quiet"),
 )
@@ -40,4 +42,4 @@ def _has(command: str, env: dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main((("fmt", "--all"),) if sys.argv[1:] == ["--format"] else _CHECKS))
+    sys.exit(main((("fmt", "--all"), ("fmt", *_FUZZ)) if sys.argv[1:] == ["--format"] else _CHECKS))

@@ -8,7 +8,7 @@ import sys
 
 from .common import ROOT, VENV, VENV_PYTHON, SetupError, apt_install, run, say, step
 
-_CONSTRAINTS = ROOT / "setup" / "constraints.txt"
+CONSTRAINTS = ROOT / "setup" / "constraints.txt"
 _BUSY = VENV / ".installing"
 """There while packages are installed: an environment that still has it may hold half of one."""
 
@@ -36,7 +36,7 @@ def _create() -> None:
 
 def _pinned(package: str) -> str:
     """``package==version`` from the constraints; what installs the rest cannot be constrained by it."""
-    lines = _CONSTRAINTS.read_text(encoding="utf-8").split()
+    lines = CONSTRAINTS.read_text(encoding="utf-8").split()
     return next(line for line in lines if line.startswith(f"{package}=="))
 
 
@@ -47,9 +47,9 @@ def _work() -> bool:
     _BUSY.touch()
     pip = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--quiet")
     run(*pip, _pinned("pip"), fix="let pip reach a package index (PIP_INDEX_URL, PIP_PROXY), then run make again")
-    run(*pip, "--constraint", _CONSTRAINTS, "--group", "dev")
+    run(*pip, "--constraint", CONSTRAINTS, "--group", "dev")
     # Our build tool is already there, pinned; an isolated build would take the newest one.
-    run(*pip, "--constraint", _CONSTRAINTS, "--no-build-isolation", "--editable", ".")
+    run(*pip, "--constraint", CONSTRAINTS, "--no-build-isolation", "--editable", ".")
     _BUSY.unlink()
     return True
 

@@ -58,3 +58,13 @@ mod turns;
 mod uffd;
 mod vm;
 mod wait;
+
+/// The modules, for what drives them one by one; nobody else may.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals {
+    macro_rules! open {
+        ($($name:ident)*) => { $(pub mod $name { pub use crate::$name::*; })* };
+    }
+    open! { abi adopt body core death demand host image journal plan regions states stats uffd vm }
+}
