@@ -16,7 +16,7 @@ use vmd_core::internals::body::{Body, FIXED_BYTES, ImageId};
 use vmd_core::internals::journal::{self, Journal, SLOTS, TAIL_AT};
 use vmd_core::internals::plan::Beside;
 use vmd_core::internals::states::State;
-use vmd_core::internals::stats::Counters;
+use vmd_core::internals::vm::Limits;
 
 const BASE: u64 = 1 << 40;
 const REGION_PAGES_MAX: u16 = 60;
@@ -75,7 +75,8 @@ fn body(map: &Map, beside: u8, offsets: &[u16]) -> Body {
     };
     let image = ImageId { device: 1, inode: 2, size: end, mtime_ns: -3, path: PATH.to_vec() };
     let regions = map.regions.clone();
-    Body { boot_id: [7; 16], vmm_pid: 42, vmm_start: 4711, page_size: PAGE, regions, beside, image }
+    let limits = Limits::default();
+    Body { boot_id: [7; 16], vmm_pid: 42, vmm_start: 4711, page_size: PAGE, regions, beside, image, limits }
 }
 
 fn patch(bytes: &mut [u8], states_at: usize, patches: &[Patch]) {
@@ -141,17 +142,19 @@ fn go_on(file: File, body: &Body) {
             (0..pages).filter(|&page| freed(page)).for_each(|page| expected[page] = State::Removed);
         }
     }
-    let unfinished = look.unfinished(pages);
-    assert!(unfinished.iter().all(|install| install.pages.end <= pages && install.counter < Counters::COUNT));
+    let unfinished = |journal: &Journal| -> Vec<_> {
+        journal.live().installers.iter().filter_map(|installer| installer.unfinished(pages)).collect()
+    };
+    assert!(unfinished(&look).iter().all(|install| install.pages.end <= pages));
     let (incident, _) = (look.incident(), look.latency().read([0.5, 0.99]));
     assert!(incident.len() < 3 * (TAIL_AT - AREAS[4]));
     look.oldest_age();
     vm.take_over();
     assert!((0..SLOTS).all(|at| look.slot(at).event == 0));
-    assert_eq!(look.unfinished(pages), None);
+    assert!(unfinished(&look).is_empty());
     let read: Vec<State> = (0..pages).map(|page| look.states().get(page)).collect();
     assert_eq!(read, expected); // of an unfinished install nothing is resident here
-    let (installs, installed) = (vm.counters().installs(), look.states().installed());
+    let (installs, installed) = (look.live().installs(), look.states().installed());
     assert!(installs < installed || vm.counters().removed.load(Relaxed) == installs - installed);
     vm.outside.cpu();
     vm.outside.journal.note_incident("the fuzzer was here");

@@ -12,7 +12,7 @@ use vm::{memory_file, serve};
 use vmd_core::internals::body::{Body, ImageId};
 use vmd_core::internals::journal::Journal;
 use vmd_core::internals::plan::{Beside, Runs, recorded, sequential};
-use vmd_core::internals::vm::Vm;
+use vmd_core::internals::vm::{Limits, Vm};
 
 const RUN_PAGES_MAX: usize = 64;
 const REGION_PAGES_MAX: u16 = 700; // more than are zeroed at once
@@ -77,6 +77,7 @@ fn build(map: &Map, data: &[u16]) -> Vm {
         regions: map.regions.clone(),
         beside: Beside::Nothing,
         image: nowhere,
+        limits: Limits::default(),
     };
     serve(map.build(0), image, Journal::private(&body).unwrap(), false)
 }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use vmd_core::internals::image::Image;
 use vmd_core::internals::journal::Journal;
@@ -13,24 +12,17 @@ use vmd_core::internals::uffd::Uffd;
 use vmd_core::internals::vm::{Gate, Limits, Outside, Process, Vm};
 
 pub fn serve(regions: Regions, image: File, journal: Journal, taken_over: bool) -> Vm {
-    let limits = Limits {
-        fault_unserved: Duration::from_secs(1),
-        exit_wait: Duration::from_secs(1),
-        image_read_tries: 1,
-        poison_lines_max: 1,
-        memory_floor_percent: 0,
-    };
     Vm {
         uffd: Uffd::new(File::open("/dev/null").unwrap().into(), Vec::new()),
         image: Arc::new(Image::new(image.into())),
         regions,
         gate: Gate::default(),
         process: Process { pidfd: None, pid: std::process::id() },
-        limits,
+        limits: Limits::default(),
         ending: AtomicBool::new(false),
         death: None,
         taken_over,
-        outside: Arc::new(Outside::new(journal).unwrap()),
+        outside: Arc::new(Outside::new(journal, None).unwrap()),
     }
 }
 

@@ -66,5 +66,6 @@ pub mod internals {
     macro_rules! open {
         ($($name:ident)*) => { $(pub mod $name { pub use crate::$name::*; })* };
     }
-    open! { abi adopt body core death demand host image journal plan regions states stats uffd vm }
+    open! { abi adopt body core death demand host image journal live plan regions states stats uffd vm }
+    pub use crate::pager::{message, socket};
 }

@@ -19,7 +19,7 @@ mod options;
 mod poll;
 mod primary;
 mod process;
-mod socket;
+pub mod socket;
 mod spawn;
 mod standby;
 
