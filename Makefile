@@ -15,7 +15,7 @@ READY := $(STAMPS)/venv $(STAMPS)/core $(GUEST) .venv/bin/jailer
 FUZZ_SECONDS := 600
 CODE := src tests setup fuzz $(if $(wildcard benches/*.py),benches)
 
-.PHONY: help develop demo test check lint fmt rust soak soak-short bench bench-fault bench-restore mutants fuzz clean
+.PHONY: help develop demo test check lint fmt rust soak soak-short bench bench-fault bench-restore mutants fuzz sanitize clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name words; do printf '  make %-14s %s\n' "$$name" "$$words"; done
@@ -63,6 +63,9 @@ mutants: develop ## sabotage the core in many ways; the suite must notice each
 
 fuzz: develop $(STAMPS)/fuzz ## fuzz what reads the words of others, FUZZ_SECONDS (600) each
 	@$(PY) -m fuzz --seconds $(FUZZ_SECONDS)
+
+sanitize: develop ## the contract suite over a core with AddressSanitizer, then ThreadSanitizer
+	@$(PY) -m fuzz.sanitize
 
 clean: ## remove what was built, but for the environment
 	rm -rf build target .pytest_cache .mypy_cache .ruff_cache .hypothesis $(GUEST) $(STAMPS)/core
