@@ -53,6 +53,8 @@ fn hear_one(socket: &Socket, vms: &mut BTreeMap<String, Served>) -> io::Result<H
         Ok(Some(packet)) => packet,
         Ok(None) => return Ok(Heard::End),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
+        // It died with something of ours unread; what it had sent before is still to come.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Heard::Something),
         Err(error) => return Err(error),
     };
     let Packet { message, descriptors } = packet;
@@ -62,7 +64,8 @@ fn hear_one(socket: &Socket, vms: &mut BTreeMap<String, Served>) -> io::Result<H
             Err(why) => log::line(&format!("standby: {why}")),
         },
         Ok(Message::Gone { name }) => drop(vms.remove(&name)),
-        Ok(Message::Sync) => socket.send(&Message::Ready, &[])?,
+        // A pager that has died meanwhile does not hear it: now it is our turn, and no time to give up.
+        Ok(Message::Sync) => drop(socket.send(&Message::Ready, &[])),
         Ok(Message::Bye) => return Ok(Heard::Bye),
         other => log::line(&format!("standby: not understood: {other:?}")),
     }
@@ -86,4 +89,36 @@ fn go_on(vms: BTreeMap<String, Served>) -> Vec<Served> {
     let served: Vec<_> = vms.into_values().filter(started).collect();
     log::line(&format!("pager died; {} VMs taken over", served.len()));
     served
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is heard to the end of a pager that has died.
+    fn heard(socket: &Socket) -> Vec<Heard> {
+        let mut all = Vec::new();
+        while !matches!(all.last(), Some(Heard::End)) {
+            all.push(hear_one(socket, &mut BTreeMap::new()).expect("the standby goes on"));
+        }
+        all
+    }
+
+    #[test]
+    fn a_pager_that_dies_before_it_hears_ready_is_followed() {
+        let (pager, standby) = Socket::pair().unwrap();
+        pager.send(&Message::Sync, &[]).unwrap();
+        drop(pager);
+        assert!(matches!(heard(&standby)[..], [Heard::Something, Heard::End]));
+    }
+
+    #[test]
+    fn what_a_pager_said_before_it_died_is_heard_though_it_left_our_word_unread() {
+        let (pager, standby) = Socket::pair().unwrap();
+        standby.send(&Message::Ready, &[]).unwrap();
+        pager.send(&Message::Gone { name: "vm".into() }, &[]).unwrap();
+        drop(pager);
+        // The reset comes first, then the message, then the end.
+        assert!(matches!(heard(&standby)[..], [Heard::Something, Heard::Something, Heard::End]));
+    }
 }
