@@ -5,9 +5,13 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 /// What the link of a userfaultfd in /proc says.
 pub const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+/// A look takes microseconds, unless its process loses its CPU in the middle of it.
+const LOOK: Duration = Duration::from_millis(1);
+const LOOKS_MAX: u32 = 1000;
 const START_TIME_FIELD: usize = 22; // proc(5), counted from 1
 
 /// The random id of this boot: pids and start times of another one mean nothing.
@@ -63,10 +67,26 @@ pub fn pidfd_getfd(pidfd: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
     unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0)) }
 }
 
-/// flock(2), exclusive, without waiting: false where somebody else has it.
+/// flock(2), exclusive: false where somebody else has it.
+///
+/// Who looks whether it is locked has it himself for a moment, shared (`vmd.pager.look`). Only for him this waits.
 pub fn lock(file: &fs::File) -> io::Result<bool> {
+    for _ in 0..LOOKS_MAX {
+        if flock(file, libc::LOCK_EX)? {
+            return Ok(true);
+        }
+        if !flock(file, libc::LOCK_SH)? {
+            return Ok(false);
+        }
+        unlock(file);
+        std::thread::sleep(LOOK);
+    }
+    Ok(false)
+}
+
+fn flock(file: &fs::File, kind: libc::c_int) -> io::Result<bool> {
     // SAFETY: no memory is passed.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+    match unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) } {
         0 => Ok(true),
         _ => match io::Error::last_os_error() {
             error if error.raw_os_error() == Some(libc::EWOULDBLOCK) => Ok(false),
@@ -109,5 +129,32 @@ mod tests {
         assert!(start_ticks(pid).unwrap() > 0);
         assert!(userfaultfds(pid).unwrap().is_empty());
         assert!(pidfd_open(pid).is_ok());
+    }
+
+    #[test]
+    fn a_look_at_a_lock_does_not_keep_it_from_being_taken() {
+        let path = std::env::temp_dir().join(format!("vmd-lock-{}", std::process::id()));
+        let file = fs::File::create(&path).unwrap();
+        let other = fs::File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(flock(&other, libc::LOCK_SH).unwrap());
+        let look = std::thread::spawn(move || {
+            std::thread::sleep(20 * LOOK);
+            drop(other);
+        });
+        assert!(lock(&file).unwrap());
+        look.join().unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_somebody_has_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("vmd-locked-{}", std::process::id()));
+        let file = fs::File::create(&path).unwrap();
+        let other = fs::File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(lock(&other).unwrap());
+        let began = std::time::Instant::now();
+        assert!(!lock(&file).unwrap());
+        assert!(began.elapsed() < LOOK * LOOKS_MAX);
     }
 }
