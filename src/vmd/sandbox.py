@@ -22,7 +22,7 @@ from . import template as templates
 from .backend import Asked, Request
 from .errors import NotFound, UsageError, VmdError
 from .pager import look
-from .pager.control import PagerGone
+from .pager.control import Control, PagerGone
 from .pager.start import LOG, request, running, unserved
 from .pages.detached import DetachedPages, read_stats
 from .pages.server import PageServer
@@ -269,8 +269,14 @@ def recover(settings: Settings, warn: Callable[[str], None] = lambda line: None)
     """
     if not unserved(settings) or not any(sandbox.is_left() for sandbox in list_all(settings)):
         return
-    request(settings, lambda control: control.status())  # answered when all have been adopted
-    for sandbox in [sandbox for sandbox in list_all(settings) if sandbox.is_left()]:
+
+    def left(control: Control) -> list[Sandbox]:
+        control.status()  # answered when all have been adopted
+        found = [sandbox for sandbox in list_all(settings) if sandbox.is_left()]
+        control.status()  # this pager has not died meanwhile, or it is the next one's turn
+        return found
+
+    for sandbox in request(settings, left):
         if (pidfd := process.find(sandbox.record.vmm.pid, sandbox.record.vmm.start_time)) is not None:
             warn(f"sandbox {sandbox.id}: nobody can serve its pages: its VMM is killed; see {settings.run_dir / LOG}")
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)

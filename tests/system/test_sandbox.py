@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.system.conftest import NAME, START, Cli, Run, left_in, numbers, pager
 from vmd import sandbox
 from vmd.backend import Asked
 from vmd.errors import Conflict, NotFound, PagesFailed, UsageError, VmdError, VmmError
+from vmd.pager.control import Control
 from vmd.sandbox import Sandbox
 from vmd.settings import Settings
 from vmd.states import State
@@ -38,6 +40,22 @@ async def end(pid: int) -> None:
         await process.exited(pidfd)
     finally:
         os.close(pidfd)
+
+
+def all_die(pids: list[int]) -> None:
+    """SIGKILL, at one instant: none sees the end of another. Returns when they are gone."""
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    for word in (signal.SIGSTOP, signal.SIGKILL):
+        for pidfd in pidfds:
+            signal.pidfd_send_signal(pidfd, word)
+    for pidfd in pidfds:
+        eventually(partial(process.is_dead, pidfd), "it is gone")
+        os.close(pidfd)
+
+
+def pids_in(status: str) -> list[int]:
+    """Of pager and standby."""
+    return [int(words.split()[1]) for words in status.splitlines() if words.startswith(("pager ", "standby "))]
 
 
 @pytest.mark.parametrize("backend", ["file", "uffd"])
@@ -92,14 +110,40 @@ def test_a_sandbox_whose_page_servers_all_died_is_frozen_until_there_is_another(
         made = await sandbox.create(settings, NAME, backend="uffd", detached=True)
         try:
             eventually(lambda: "standby" in pager_pids(settings), "there is a standby")
-            pids = pager_pids(settings)
-            os.kill(pids["standby"], signal.SIGSTOP)  # it shall not be quicker than its own end
-            await end(pids["pager"])
-            await end(pids["standby"])
+            all_die(list(pager_pids(settings).values()))
             assert made.state() is State.FROZEN
             with pytest.raises(Conflict, match=rf"exec {made.id}: the sandbox is frozen: its page server is gone"):
                 await made.ask(START, 10)
             sandbox.recover(settings)
+            assert made.state() is State.RUNNING
+            assert " wrong=0" in await made.ask("check", 60)
+        finally:
+            await made.kill()
+
+    run(story())
+    assert left_in(settings) == []
+
+
+def test_page_servers_that_die_right_after_an_adoption_cost_no_vm(
+    settings: Settings, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, died = Control.status, []
+
+    def answer_and_die(control: Control) -> str:
+        status = answer(control)
+        if not died:
+            died.append(pids_in(status))
+            all_die(died[0])
+        return status
+
+    async def story() -> None:
+        made = await sandbox.create(settings, NAME, backend="uffd", detached=True)
+        try:
+            eventually(lambda: "standby" in pager_pids(settings), "there is a standby")
+            all_die(list(pager_pids(settings).values()))
+            monkeypatch.setattr(Control, "status", answer_and_die)
+            sandbox.recover(settings, pytest.fail)
+            assert len(died[0]) == 2
             assert made.state() is State.RUNNING
             assert " wrong=0" in await made.ask("check", 60)
         finally:
