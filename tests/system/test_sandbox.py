@@ -127,7 +127,8 @@ def test_a_sandbox_whose_page_servers_all_died_is_frozen_until_there_is_another(
 def test_page_servers_that_die_right_after_an_adoption_cost_no_vm(
     settings: Settings, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, died = Control.status, []
+    answer = Control.status
+    died: list[list[int]] = []
 
     def answer_and_die(control: Control) -> str:
         status = answer(control)
