@@ -15,7 +15,7 @@ READY := $(STAMPS)/venv $(STAMPS)/core $(GUEST) .venv/bin/jailer
 FUZZ_SECONDS := 600
 CODE := src tests setup fuzz $(if $(wildcard benches/*.py),benches)
 
-.PHONY: help develop demo test check lint fmt rust soak soak-short bench bench-fault bench-restore mutants fuzz sanitize clean
+.PHONY: help develop demo test check lint fmt rust soak soak-short chaos chaos-short bench bench-fault bench-restore mutants fuzz sanitize clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name words; do printf '  make %-14s %s\n' "$$name" "$$words"; done
@@ -28,7 +28,7 @@ demo: develop ## freeze a VM, record its start, thaw it in three ways, and compa
 test: develop ## run the whole test suite
 	@$(PY) -m pytest
 
-check: lint rust soak-short test ## all that must hold before a change lands (what CI runs)
+check: lint rust soak-short chaos-short test ## all that must hold before a change lands (what CI runs)
 
 lint: develop ## format, lints and types of the Python code
 	@.venv/bin/ruff check .
@@ -49,6 +49,16 @@ soak: develop ## 1,000 sandboxes created and killed; nothing may be left
 # The tests come after it: the last line of `check` is theirs.
 soak-short: develop
 	@$(if $(wildcard benches/soak.py),$(PY) -m benches.soak --cycles 100,echo "soak: not there yet")
+
+CHAOS_SECONDS ?= 600
+CHAOS_SEED ?=
+CHAOS := $(PY) -m benches.chaos $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+
+chaos: develop ## pagers and standbys killed at random under eight guests at work (CHAOS_SECONDS, CHAOS_SEED)
+	@$(CHAOS) --seconds $(CHAOS_SECONDS)
+
+chaos-short: develop
+	@$(CHAOS) --seconds 60 --report
 
 bench: bench-fault bench-restore ## all measurements
 
