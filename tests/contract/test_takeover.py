@@ -21,8 +21,8 @@ from vmd.pages.source import Image
 pytestmark = pytest.mark.needs_uffd
 
 PAGES, HOLE = 64, 5
-DEMAND_POINTS = ["read", "apply", "clear", "install", "note"]
-FILL_POINTS = ["fill-install", "fill-note"]
+DEMAND_POINTS = ["read", "apply", "clear", "intend", "install", "note"]
+FILL_POINTS = ["fill-intend", "fill-install", "fill-note"]
 ADOPT_POINTS = ["adopt-apply", "adopt-wake", "adopted"]
 
 

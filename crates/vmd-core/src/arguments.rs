@@ -47,7 +47,7 @@ pub struct PySeam(Vec<PyInjection>, Option<PyDeath>);
 impl PySeam {
     pub fn parse(self) -> PyResult<Seam> {
         let injections = self.0.into_iter().map(parse_injection).collect::<PyResult<_>>()?;
-        Ok(Seam { injections, death: self.1.map(parse_death).transpose()? })
+        Ok(Seam { injections, death: self.1.map(parse_death).transpose()?, watch: None })
     }
 }
 

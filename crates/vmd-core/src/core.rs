@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use crate::body::Body;
 use crate::crash;
-use crate::death::Death;
+use crate::death::{Death, Watch};
 use crate::demand::Ended;
 use crate::faults;
 use crate::fill::{data_run_max, fill_by_two, fill_from_cache};
@@ -43,6 +43,7 @@ pub struct Parts {
 pub struct Seam {
     pub injections: Vec<Injection>,
     pub death: Option<Death>,
+    pub watch: Option<Watch>,
 }
 
 /// The threads of one VM.
@@ -69,6 +70,7 @@ impl Core {
             limits: parts.body.limits,
             ending: AtomicBool::new(false),
             death: parts.seam.death,
+            watch: parts.seam.watch,
             taken_over: parts.taken_over,
             outside: Arc::clone(&outside),
         };

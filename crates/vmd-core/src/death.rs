@@ -16,11 +16,14 @@ pub enum Point {
     Apply,
     /// The ring is cleared, no fault served.
     Clear,
-    /// A demand page is in, not noted.
+    /// A demand page is about to be installed, and the intent noted.
+    Intend,
+    /// It is in, not noted.
     Install,
     /// It is noted, not counted.
     Note,
-    /// The same two for the filler.
+    /// The same three for the filler.
+    FillIntend,
     FillInstall,
     FillNote,
     /// A take-over begins; the ring is applied; all waiters are woken.
@@ -30,12 +33,14 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [(&'static str, Self); 10] = [
+    pub const ALL: [(&'static str, Self); 12] = [
         ("read", Self::Read),
         ("apply", Self::Apply),
         ("clear", Self::Clear),
+        ("intend", Self::Intend),
         ("install", Self::Install),
         ("note", Self::Note),
+        ("fill-intend", Self::FillIntend),
         ("fill-install", Self::FillInstall),
         ("fill-note", Self::FillNote),
         ("adopt-apply", Self::AdoptApply),
@@ -58,6 +63,9 @@ impl Death {
         self.point == point && self.after.fetch_sub(1, Ordering::Relaxed) == 0
     }
 }
+
+/// A test's eye on each passing of a point; it may take its time there.
+pub type Watch = Box<dyn Fn(Point) + Send + Sync>;
 
 /// What a thread unwinds with that stops dead.
 pub struct Died;

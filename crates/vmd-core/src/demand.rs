@@ -71,7 +71,8 @@ impl Vm {
     }
 
     fn install_demand(&self, page: usize, kind: Kind, install: impl FnOnce() -> Outcome) -> Result<Progress, Ended> {
-        let outcome = self.install(DEMAND, page..page + 1, kind, [Point::Install, Point::Note], || {
+        let points = [Point::Intend, Point::Install, Point::Note];
+        let outcome = self.install(DEMAND, page..page + 1, kind, points, || {
             let outcome = install();
             (usize::from(outcome == Outcome::Done), outcome)
         });

@@ -278,7 +278,8 @@ fn install_run(vm: &Vm, run: Run, bytes: &[u8], kind: Kind, pace: &mut Pace) -> 
             continue;
         }
         let from = (piece.start - run.pages.start) * page_size;
-        let (outcome, done) = vm.install(pace.who, piece.clone(), kind, [Point::FillInstall, Point::FillNote], || {
+        let points = [Point::FillIntend, Point::FillInstall, Point::FillNote];
+        let (outcome, done) = vm.install(pace.who, piece.clone(), kind, points, || {
             let outcome = match run.hole {
                 true => vm.zero(piece.start, piece.len()),
                 false => vm.uffd.copy(vm.regions.address(piece.start), &bytes[from..from + piece.len() * page_size]),

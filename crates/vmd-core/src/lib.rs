@@ -33,7 +33,9 @@
 
 mod abi;
 mod adopt;
+#[cfg(feature = "python")]
 mod arguments;
+#[cfg(feature = "python")]
 mod binding;
 mod body;
 mod cold;
@@ -66,6 +68,6 @@ pub mod internals {
     macro_rules! open {
         ($($name:ident)*) => { $(pub mod $name { pub use crate::$name::*; })* };
     }
-    open! { abi adopt body core death demand host image journal live plan regions states stats uffd vm }
-    pub use crate::pager::{message, socket};
+    open!(abi adopt body core death demand host image journal live plan regions staging states stats uffd vm);
+    pub use crate::pager::{self, message, socket};
 }

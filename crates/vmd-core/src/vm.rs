@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use crate::death::{Death, Point, kill_process, stop_dead};
+use crate::death::{Death, Point, Watch, kill_process, stop_dead};
 use crate::image::Image;
 use crate::journal::Journal;
 use crate::pager::log;
@@ -45,6 +45,7 @@ pub struct Vm {
     pub limits: Limits,
     pub ending: AtomicBool,
     pub death: Option<Death>,
+    pub watch: Option<Watch>,
     /// Another page server has served it before.
     pub taken_over: bool,
     pub outside: Arc<Outside>,
@@ -156,6 +157,9 @@ impl Vm {
 
     /// A place where a test may have ordered the page server to die.
     pub fn pass(&self, point: Point) {
+        if let Some(watch) = &self.watch {
+            watch(point);
+        }
         let Some(death) = &self.death else { return };
         if death.strikes(point) {
             if death.real {
@@ -175,12 +179,13 @@ impl Vm {
         who: usize,
         pages: std::ops::Range<usize>,
         kind: Kind,
-        points: [Point; 2],
+        points: [Point; 3],
         install: impl FnOnce() -> (usize, T),
     ) -> T {
-        let [installed, noted] = points;
+        let [intended, installed, noted] = points;
         let installer = &self.outside.journal.live().installers[who];
         installer.intend(&pages, kind);
+        self.pass(intended);
         let (done, result) = install();
         self.pass(installed);
         for page in pages.start..pages.start + done {

@@ -83,8 +83,9 @@ class Death:
 
     ``real``: the process does; else the core's threads stop dead and nothing is noted, woken, killed.
     Points: ``read`` (messages are in the journal's ring), ``apply`` (applied), ``clear`` (ring cleared),
-    ``install`` (a demand page is in), ``note`` (noted), ``fill-install``, ``fill-note``, and of a
-    take-over ``adopt-apply`` (it begins), ``adopt-wake`` (before all waiters are woken), ``adopted``.
+    ``intend`` (a demand page is about to be installed), ``install`` (it is in), ``note`` (noted), ``fill-intend``,
+    ``fill-install``, ``fill-note``, and of a take-over ``adopt-apply`` (it begins), ``adopt-wake`` (before all
+    waiters are woken), ``adopted``.
     """
 
     point: str
