@@ -8,14 +8,15 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMPS := .venv/.stamps
 SETUP := setup/common.py
-CORE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name '*.toml' -o -name '*.pyi')
+CORE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -not -path '*/examples/*' \( -name '*.rs' -o -name '*.toml' -o -name '*.pyi' \))
 GUEST_SOURCES := $(shell find guest/micro -name '*.[chS]' -o -name '*.ld' -o -name Makefile)
 GUEST := src/vmd/guest/micro.elf
 READY := $(STAMPS)/venv $(STAMPS)/core $(GUEST) .venv/bin/jailer
 FUZZ_SECONDS := 600
+INTERLEAVINGS := 1000000
 CODE := src tests setup fuzz $(if $(wildcard benches/*.py),benches)
 
-.PHONY: help develop demo test check lint fmt rust soak soak-short chaos chaos-short bench bench-fault bench-restore mutants fuzz sanitize clean
+.PHONY: help develop demo test check lint fmt rust soak soak-short chaos chaos-short bench bench-fault bench-restore mutants interleave fuzz sanitize clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name words; do printf '  make %-14s %s\n' "$$name" "$$words"; done
@@ -76,6 +77,9 @@ fuzz: develop $(STAMPS)/fuzz ## fuzz what reads the words of others, FUZZ_SECOND
 
 sanitize: develop ## the contract suite over a core with AddressSanitizer, then ThreadSanitizer
 	@$(PY) -m fuzz.sanitize
+
+interleave: develop ## page servers that die in INTERLEAVINGS (10^6) ways; one again: SEED=n
+	@$(PY) -m setup.interleave $(if $(SEED),--seed $(SEED) --count 10000,--count $(INTERLEAVINGS))
 
 clean: ## remove what was built, but for the environment
 	rm -rf build target .pytest_cache .mypy_cache .ruff_cache .hypothesis $(GUEST) $(STAMPS)/core

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import sysconfig
 
-from . import rust
+from . import interleave, rust
 from .common import ROOT, say
 
 _FUZZ = ("--manifest-path", "fuzz/Cargo.toml")  # a workspace of its own, compiled by `make fuzz` only
@@ -14,12 +14,14 @@ _CHECKS = (
     ("fmt", "--all", "--check"),
     ("fmt", *_FUZZ, "--check"),
     ("clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"),
+    ("clippy", "--workspace", "--all-targets", *interleave.FEATURES, "--locked", "--quiet", "--", "-D", "warnings"),
     ("test", "--workspace", "--locked", "--quiet"),
 )
+_INTERLEAVINGS = 2000
 
 
-def main(checks: tuple[tuple[str, ...], ...]) -> int:
-    """Run ``checks``; 1 when one of them found something."""
+def main(checks: tuple[tuple[str, ...], ...], interleavings: int) -> int:
+    """Run ``checks``, then so many interleavings with debug assertions; 1 when one of them found something."""
     env = rust.environment()
     if env is None:
         say("no usable Rust: format, lints and tests of the core are SKIPPED")
@@ -32,7 +34,16 @@ def main(checks: tuple[tuple[str, ...], ...]) -> int:
             say(f"cargo {check[0]} is not installed: SKIPPED; fix: rustup component add rustfmt clippy")
         elif subprocess.run(["cargo", *check], env=env, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode:
             return 1
-    return 0
+    return _interleave(env, interleavings) if interleavings else 0
+
+
+def _interleave(env: dict[str, str], count: int) -> int:
+    """No userfaultfd (a container may forbid it) is named, not passed over in silence."""
+    code = interleave.run(env, "--count", str(count), profile="dev")
+    if code == interleave.CANNOT:
+        say("interleavings: SKIPPED")
+        return 0
+    return int(code != 0)
 
 
 def _has(command: str, env: dict[str, str]) -> bool:
@@ -42,4 +53,5 @@ def _has(command: str, env: dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main((("fmt", "--all"), ("fmt", *_FUZZ)) if sys.argv[1:] == ["--format"] else _CHECKS))
+    formatting = (("fmt", "--all"), ("fmt", *_FUZZ))
+    sys.exit(main(formatting, 0) if sys.argv[1:] == ["--format"] else main(_CHECKS, _INTERLEAVINGS))
