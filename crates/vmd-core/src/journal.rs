@@ -349,9 +349,13 @@ mod tests {
         let journal = Journal::private(&body()).unwrap();
         let installer = &journal.live().installers[DEMAND];
         installer.intend(&(60..64), Kind::Zero);
-        let unfinished = Unfinished { pages: 60..64, before: 0, kind: Kind::Zero };
+        let unfinished = Unfinished { pages: 60..64, before: 0, kind: Kind::Zero, brought: None };
         assert_eq!(installer.unfinished(64), Some(unfinished.clone()));
         assert_eq!(installer.unfinished(63), None);
+        installer.brought(4);
+        assert_eq!(installer.unfinished(64), Some(Unfinished { brought: Some(4), ..unfinished.clone() }));
+        installer.brought(5);
+        assert_eq!(installer.unfinished(64), None);
         installer.settle(&unfinished, 3);
         installer.settle(&unfinished, 3);
         assert_eq!(journal.live().installs(), 3);

@@ -43,6 +43,8 @@ pub struct Installer {
     before: AtomicU64,
     /// Which kind, counted from 1; 0 = nothing is under way.
     kind: AtomicU64,
+    /// How many pages it has brought, counted from 1; 0 = not known yet.
+    brought: AtomicU64,
 }
 
 /// An install that its page server did not live to finish.
@@ -51,6 +53,8 @@ pub struct Unfinished {
     pub pages: std::ops::Range<usize>,
     pub before: u64,
     pub kind: Kind,
+    /// The first so many; None: it may have brought any of them.
+    pub brought: Option<usize>,
 }
 
 impl Live {
@@ -73,7 +77,13 @@ impl Installer {
         self.first.store(pages.start as u64, Ordering::Relaxed);
         self.pages.store(pages.len() as u64, Ordering::Relaxed);
         self.before.store(before, Ordering::Relaxed);
+        self.brought.store(0, Ordering::Relaxed);
         self.kind.store(kind as u64 + 1, Ordering::Release);
+    }
+
+    /// It has brought the first so many, which are about to be noted.
+    pub fn brought(&self, pages: u64) {
+        self.brought.store(pages + 1, Ordering::Release);
     }
 
     /// They are in, and noted.
@@ -92,7 +102,9 @@ impl Installer {
         let first = self.first.load(Ordering::Relaxed) as usize;
         let end = first.checked_add(self.pages.load(Ordering::Relaxed) as usize)?;
         let before = self.before.load(Ordering::Relaxed);
-        (end <= pages).then_some(Unfinished { pages: first..end, before, kind })
+        let brought = self.brought.load(Ordering::Relaxed).checked_sub(1).map(|pages| pages as usize);
+        let sound = end <= pages && brought.unwrap_or(0) <= end - first;
+        sound.then_some(Unfinished { pages: first..end, before, kind, brought })
     }
 
     /// Count `pages` of it, unless they have been counted.

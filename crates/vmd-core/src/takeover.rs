@@ -56,6 +56,7 @@ impl Vm {
             installer.intend_nothing();
         }
         self.settle_removed();
+        self.outside.set_oldest(None); // who still waits is about to ask again
         self.pass(Point::AdoptWake);
         for region in self.regions.iter() {
             self.uffd.wake(region.base, region.size);
@@ -65,16 +66,20 @@ impl Vm {
 
     /// Note and count the pages of an install that its page server did not live to note.
     fn finish(&self, installer: &Installer, unfinished: &Unfinished) {
-        let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", self.process.pid)) else { return };
-        let mut installed = 0;
-        for page in unfinished.pages.clone() {
-            // One that is noted may have been taken away since, by a REMOVE that will still be read and counted.
-            if self.states().get(page) == State::Installed || self.is_resident(&pagemap, page) {
-                self.states().set(page, State::Installed);
-                installed += 1;
-            }
+        let pages = unfinished.pages.clone();
+        let brought: Vec<usize> = match (unfinished.brought, File::open(format!("/proc/{}/pagemap", self.process.pid))) {
+            // What it brought may have been taken away since, by a REMOVE that will still be read and counted.
+            (Some(brought), _) => pages.take(brought).collect(),
+            // One that is noted was there before: the install met EEXIST.
+            (None, Ok(pagemap)) => pages
+                .filter(|&page| self.states().get(page) != State::Installed && self.is_resident(&pagemap, page))
+                .collect(),
+            (None, Err(_)) => return,
+        };
+        for &page in &brought {
+            self.states().set(page, State::Installed);
         }
-        installer.settle(unfinished, installed);
+        installer.settle(unfinished, brought.len() as u64);
     }
 
     fn is_resident(&self, pagemap: &File, page: usize) -> bool {

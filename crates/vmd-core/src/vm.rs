@@ -188,6 +188,7 @@ impl Vm {
         self.pass(intended);
         let (done, result) = install();
         self.pass(installed);
+        installer.brought(done as u64);
         for page in pages.start..pages.start + done {
             self.states().set(page, State::Installed);
         }
