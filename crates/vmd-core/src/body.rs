@@ -117,6 +117,9 @@ impl Head {
         if version != VERSION {
             return Err(Refusal(format!("of another version: expected {VERSION}, got {version}")));
         }
+        if fixed[12..16] != [0; 4] {
+            return Err(Refusal("corrupt: what is to be zero is not".into()));
+        }
         let words = std::array::from_fn(|at| word(fixed, CHECKED_AT + 24 + at * 8));
         let head = Self { words, file_bytes: word(fixed, CHECKED_AT), size };
         if head.regions() > REGIONS_MAX || head.offsets() > PLAN_MAX || head.path() > PATH_BYTES_MAX {

@@ -43,8 +43,13 @@ pub fn userfaultfds(pid: u32) -> io::Result<Vec<RawFd>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        if fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == USERFAULTFD) {
-            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+        match fs::read_link(entry.path()) {
+            Ok(target) if target.as_os_str() == USERFAULTFD => {
+                found.extend(entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+            }
+            // Closed meanwhile; but one that may not be looked at may be the one that is looked for.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
     }
     Ok(found)
