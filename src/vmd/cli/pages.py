@@ -37,6 +37,8 @@ _ID_DIGITS_MAX = 10
 _SHOWN_CHARS = 40
 # poll(2) takes milliseconds in 31 bits: 24 days.
 _ACCEPT_SECONDS_MAX = 2_000_000
+# pid_t has 31 bits.
+_PID_MAX = (1 << 31) - 1
 
 
 def _parse_owner(_: click.Context, __: click.Parameter, word: str | None) -> tuple[int, int] | None:
@@ -163,7 +165,9 @@ def serve(
 
 
 @pages.command()
-@click.option("--pid", required=True, type=click.IntRange(1), metavar="VMM_PID", help="The VMM, which is frozen.")
+@click.option(
+    "--pid", required=True, type=click.IntRange(1, _PID_MAX), metavar="VMM_PID", help="The VMM, which is frozen."
+)
 @click.option(
     "--journal",
     required=True,

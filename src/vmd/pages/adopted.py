@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 from .contract import Ended, EndReason
@@ -27,8 +28,23 @@ class AdoptedServer(Server):
         if self._adopted is not None:
             self.vmm_pidfd = self._adopted.pidfd()
 
+    def start(self) -> None:
+        """Begin to serve; it does, or the VMM has exited, when this returns. Raises `VmdError`; the VM is as it was."""
+        super().start()
+        try:
+            self.handshaken.result()
+        except CancelledError:  # the VMM has exited
+            pass
+        except BaseException:
+            self.close()
+            raise
+
     def _served(self) -> ServedVm | None:
         return self._vm
+
+    def _leaves_a_vm(self, reason: EndReason) -> bool:
+        # Until there is a core that serves it, it is as it was found.
+        return self._adopted is not None and (self._core is None or super()._leaves_a_vm(reason))
 
     def _serve(self) -> Ended:
         if self._adopted is None:

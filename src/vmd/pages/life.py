@@ -117,6 +117,10 @@ class Server(ABC):
     def _served(self) -> ServedVm | None:
         """What is known of the VM; None before the handshake."""
 
+    def _leaves_a_vm(self, reason: EndReason) -> bool:
+        """Whether an end for ``reason`` leaves a VM that another process can go on with."""
+        return self._core is not None and reason in (EndReason.STOPPED, EndReason.DIED)
+
     @abstractmethod
     def _serve(self) -> Ended:
         """Serve from beginning to end, on the thread."""
@@ -162,8 +166,7 @@ class Server(ABC):
         """Let it be known how it ended; the first to say so is right. Returns what the first said."""
         with self._lock:
             self._end = first = self._end or ended
-        left_frozen = self._core is not None and first.reason in (EndReason.STOPPED, EndReason.DIED)
-        if self._journal is not None and not left_frozen:
+        if self._journal is not None and not self._leaves_a_vm(first.reason):
             self._journal.remove()
         settle(self.ended, first)
         return first
