@@ -55,7 +55,7 @@ _LOG_LINES = 20
 
 
 def main() -> int:
-    """Exit code 1 when a word was wrong, a guest hung, anything was left, or, unless told otherwise, a gap was too long."""
+    """Exit code 1 for a wrong word, a guest that hung, anything left; without ``--report`` for a gap too long, too."""
     options = _options()
     refuse_debug_build()
     samples = Samples("chaos", seed=options.seed, seconds=options.seconds, running=options.running)
@@ -184,7 +184,7 @@ def _tell_log(settings: Settings) -> None:
 
 def _bars(samples: Samples, incidents: Sequence[Incident], seconds: float) -> bool:
     """Print each; whether all hold. A run that is not a full one need not have killed so often."""
-    kills = sum(incident.kind is Kind.PAGER for incident in incidents)
+    kills = float(sum(incident.kind is Kind.PAGER for incident in incidents))
     bars = [
         ("pager kills", kills, kills >= PAGER_KILLS_MIN or seconds < FULL_SECONDS, f">= {PAGER_KILLS_MIN} in 600 s")
     ]

@@ -116,7 +116,7 @@ class Pair:
 
 
 class Killer:
-    """Goes through a schedule. It is the pager's owner too: who starts one when there is none is a daemon, or systemd."""
+    """Goes through a schedule. It is the pager's owner too, as a daemon or systemd is: it starts one where all died."""
 
     def __init__(self, settings: Settings, seed: int) -> None:
         self.incidents: list[Incident] = []

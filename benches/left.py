@@ -32,7 +32,7 @@ def left(settings: Settings, before: dict[str, int]) -> list[str]:
 
 
 def inventory(settings: Settings) -> dict[str, int]:
-    """How many of each kind of thing that a sandbox could leave there are. The pager's log stays, and is not counted."""
+    """How many of each kind of thing that a sandbox could leave there are, but for the pager's log, which stays."""
     return {
         "processes": len(processes(settings)),
         "fds": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
@@ -45,7 +45,7 @@ def inventory(settings: Settings) -> dict[str, int]:
 
 
 def processes(settings: Settings) -> list[int]:
-    """Pids of all that were started for this run directory: VMMs have it in their environment, pagers as an argument."""
+    """Pids of all that were started for this run directory: VMMs have it in the environment, pagers as an argument."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if pid != os.getpid() and is_ours(settings, pid)]
 
