@@ -67,7 +67,8 @@ impl Vm {
     /// Note and count the pages of an install that its page server did not live to note.
     fn finish(&self, installer: &Installer, unfinished: &Unfinished) {
         let pages = unfinished.pages.clone();
-        let brought: Vec<usize> = match (unfinished.brought, File::open(format!("/proc/{}/pagemap", self.process.pid))) {
+        let brought: Vec<usize> = match (unfinished.brought, File::open(format!("/proc/{}/pagemap", self.process.pid)))
+        {
             // What it brought may have been taken away since, by a REMOVE that will still be read and counted.
             (Some(brought), _) => pages.take(brought).collect(),
             // One that is noted was there before: the install met EEXIST.
@@ -76,6 +77,7 @@ impl Vm {
                 .collect(),
             (None, Err(_)) => return,
         };
+        installer.brought(brought.len() as u64); // we may be killed too; what an install brings are the first pages
         for &page in &brought {
             self.states().set(page, State::Installed);
         }
