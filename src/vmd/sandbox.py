@@ -194,10 +194,10 @@ class Sandbox:
                 await asyncio.to_thread(shutil.rmtree, directory)
 
     def _journal_stats(self, journal: Path) -> dict[str, Any] | None:
-        control = running(self._settings)
-        if control is not None:
-            with control, contextlib.suppress(VmdError, PagerGone):
-                control.publish(self.id)
+        with contextlib.suppress(VmdError, PagerGone):  # then it is as old as the last request
+            if (control := running(self._settings)) is not None:
+                with control:
+                    control.publish(self.id)
         with contextlib.suppress(VmdError):
             return look.read(journal).report(self.record.replay_skipped, self.record.replay_refused)
         return None
@@ -265,20 +265,26 @@ def recover(settings: Settings, warn: Callable[[str], None] = lambda line: None)
     """Have VMs served again whose pager and standby died together; kill those that cannot be.
 
     The new pager finds them by their journals, and kills what it finds but cannot adopt. Here end those
-    whose journal does not even say which VMM it is of: silence is what must not happen.
+    whose journal does not even say which VMM it is of. Each that is lost is warned of.
     """
-    if not unserved(settings) or not any(sandbox.is_left() for sandbox in list_all(settings)):
+    left = [sandbox for sandbox in list_all(settings) if sandbox.is_left()] if unserved(settings) else []
+    if not left:
         return
 
-    def left(control: Control) -> list[Sandbox]:
+    def unserved_still(control: Control) -> list[Sandbox]:
         control.status()  # answered when all have been adopted
-        found = [sandbox for sandbox in list_all(settings) if sandbox.is_left()]
+        found = [sandbox for sandbox in left if sandbox.state() is not State.RUNNING]
         control.status()  # this pager has not died meanwhile, or it is the next one's turn
         return found
 
-    for sandbox in request(settings, left):
+    try:
+        lost = request(settings, unserved_still)
+    except VmdError as failure:  # no reason not to do what the command is for
+        warn(f"sandboxes that nobody serves: {failure}")
+        return
+    for sandbox in lost:
+        warn(f"sandbox {sandbox.id}: nobody can serve its pages: its VMM is killed; see {settings.run_dir / LOG}")
         if (pidfd := process.find(sandbox.record.vmm.pid, sandbox.record.vmm.start_time)) is not None:
-            warn(f"sandbox {sandbox.id}: nobody can serve its pages: its VMM is killed; see {settings.run_dir / LOG}")
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
 

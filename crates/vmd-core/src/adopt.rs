@@ -40,17 +40,26 @@ pub struct Refused {
     pub why: String,
     /// Another page server is alive on it.
     pub served: bool,
-    /// Of a VMM that is frozen, and that nobody can serve.
-    frozen: Option<OwnedFd>,
+    /// A VMM that is frozen, and that nobody can serve.
+    frozen: Option<Frozen>,
+}
+
+struct Frozen {
+    body: Body,
+    journal: File,
+    pidfd: OwnedFd,
 }
 
 impl Refused {
-    /// SIGKILL to the VMM, if it is one that would hang for ever. Whether it was.
-    pub fn kill(&self) -> bool {
-        let pidfd = self.frozen.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
-        let frozen = pidfd.is_some();
-        Process { pidfd, pid: 0 }.kill();
-        frozen
+    /// Give the VM up, if it is one that would hang for ever: the reason into its journal, SIGKILL to its VMM.
+    /// Whether it was.
+    pub fn give_up(self) -> bool {
+        let Some(Frozen { body, journal, pidfd }) = self.frozen else { return false };
+        if let Ok(journal) = Journal::open(journal, &body) {
+            journal.give_up(&self.why);
+        }
+        Process { pidfd: Some(pidfd), pid: body.vmm_pid }.kill();
+        true
     }
 }
 
@@ -73,7 +82,7 @@ pub fn find(path: &Path, pid: Option<u32>) -> Result<Found, Refused> {
     let rest = find_image(&body.image).and_then(|image| Ok((image, find_uffd(body.vmm_pid, &pidfd)?)));
     let (image, uffd) = match rest {
         Ok(rest) => rest,
-        Err(why) => return Err(Refused { why, served: false, frozen: Some(pidfd) }),
+        Err(why) => return Err(Refused { why, served: false, frozen: Some(Frozen { body, journal: file, pidfd }) }),
     };
     Ok(Found { body, journal: file, image, pidfd, uffd })
 }

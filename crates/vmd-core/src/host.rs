@@ -11,7 +11,7 @@ use std::time::Duration;
 pub const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 /// A look takes microseconds, unless its process loses its CPU in the middle of it.
 const LOOK: Duration = Duration::from_millis(1);
-const LOOKS_MAX: u32 = 1000;
+const LOOKS_MAX: u32 = 2000;
 const START_TIME_FIELD: usize = 22; // proc(5), counted from 1
 
 /// The random id of this boot: pids and start times of another one mean nothing.

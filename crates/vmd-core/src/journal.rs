@@ -168,6 +168,10 @@ impl Journal {
         self.live().ended.store(Ended::Failed(String::new()).number(), Ordering::Release);
     }
 
+    pub fn is_given_up(&self) -> bool {
+        self.live().ended.load(Ordering::Acquire) == Ended::Failed(String::new()).number()
+    }
+
     /// Keep the words of the last thing that went wrong, for whoever looks.
     pub fn note_incident(&self, text: &str) {
         let _guard = self.incident.lock().unwrap();

@@ -24,13 +24,21 @@ class PagerGone(Exception):
 
 
 class Control:
-    """A connection to the pager that listens at ``path``. Raises OSError where none does."""
+    """A connection to the pager that listens at ``path``.
+
+    Raises OSError where none does, `TimedOut` where one does and has no place in its backlog for too long.
+    """
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._socket.settimeout(limits.PAGER_REPLY_SECONDS)
+            # Not settimeout: with it a connect to a full backlog would not wait at all (unix(7)).
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(limits.PAGER_REPLY_SECONDS))
             self._socket.connect(str(path))
+            self._socket.settimeout(limits.PAGER_REPLY_SECONDS)
+        except BlockingIOError:
+            self._socket.close()
+            raise TimedOut(f"pager: no place in its backlog within {limits.PAGER_REPLY_SECONDS:g} s") from None
         except BaseException:
             self._socket.close()
             raise
@@ -76,6 +84,10 @@ class Control:
         if not answer:
             raise PagerGone
         return _read(answer)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _read(answer: bytes) -> str:

@@ -49,7 +49,7 @@ def request(settings: Settings, ask: Callable[[Control], T]) -> T:
 
 
 def running(settings: Settings) -> Control | None:
-    """A connection to the pager; None where there is none."""
+    """A connection to the pager; None where there is none. Raises `TimedOut`."""
     try:
         return Control(settings.run_dir / SOCKET)
     except OSError:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import Conflict, UsageError, VmdError
+from .. import limits
+from ..errors import Conflict, TimedOut, UsageError, VmdError
 from .source import Image
+
+_LOCK_STEP_SECONDS = 0.002
 
 
 class Journal:
@@ -47,7 +51,7 @@ class Journal:
             raise VmdError(f"journal {path}: {failure.strerror}") from failure
         journal = cls(path, fd, os.fstat(fd))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd, path)
             vmd_core.write_waiting_journal(fd, image.fd, os.fspath(image.path.absolute()))
             _judge_place(path, warn)
         except BaseException as failure:
@@ -70,6 +74,18 @@ class Journal:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Take the lock, for which there is nobody to wait but somebody who looks whether a page server has it."""
+    deadline = time.monotonic() + limits.STORE_LOCK_SECONDS
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() >= deadline:
+            raise TimedOut(f"lock {path}: another process has held it for {limits.STORE_LOCK_SECONDS:g} s")
+        time.sleep(_LOCK_STEP_SECONDS)
 
 
 def _judge_place(path: Path, warn: Callable[[str], None]) -> None:

@@ -20,11 +20,12 @@ pub fn all(runs: &Path) -> Vec<Hold> {
             continue;
         }
         match adopt::find(&journal, None) {
-            Ok(found) => holds.extend(Hold::found(name, found)),
+            Ok(found) => holds.extend(Hold::found(name, found).filter(|hold| !hold.is_given_up())),
             Err(refused) if refused.served => {}
             Err(refused) => {
-                let end = if refused.kill() { "killed" } else { "passed by" };
-                log::line(&format!("{name}: {end}: {}", refused.why));
+                let why = refused.why.clone();
+                let end = if refused.give_up() { "killed" } else { "passed by" };
+                log::line(&format!("{name}: {end}: {why}"));
             }
         }
     }

@@ -32,9 +32,6 @@ impl Hold {
             descriptors.try_into().map_err(|_| format!("expected {DESCRIPTORS} descriptors, got {count}"))?;
         let journal = File::from(journal);
         let body = journal::read(&journal).map_err(|refusal| format!("journal: {}", refusal.0))?;
-        if !host::lock(&journal).map_err(|error| format!("journal: {}", words(&error)))? {
-            return Err("journal: locked: another page server is alive on it".into());
-        }
         if !fs::read_link(host::own_fd(&uffd)).is_ok_and(|target| target.as_os_str() == host::USERFAULTFD) {
             return Err("the second descriptor is not a userfaultfd".into());
         }
@@ -46,7 +43,17 @@ impl Hold {
             Ok(found) if found == body.image => {}
             _ => return Err("the fourth descriptor is not the image of the journal".into()),
         }
+        // Last: what is refused is left as it was.
+        if !host::lock(&journal).map_err(|error| format!("journal: {}", words(&error)))? {
+            return Err("journal: locked: another page server is alive on it".into());
+        }
         Ok(Self { name, body, journal, uffd, pidfd, image: image.into() })
+    }
+
+    /// Whether the VMM of a SERVE has exited while it was on its way.
+    pub fn is_over(descriptors: &[OwnedFd]) -> bool {
+        let exited = |pidfd: &OwnedFd| Process { pidfd: pidfd.try_clone().ok(), pid: 0 }.has_exited();
+        descriptors.get(2).is_some_and(exited)
     }
 
     /// From what was found by a journal alone. None: the VMM has exited.
@@ -90,14 +97,30 @@ impl Hold {
         started
     }
 
+    /// Whether it was given up before; then its VMM is killed again, should whoever gave it up have died too soon.
+    pub fn is_given_up(&self) -> bool {
+        let journal = self.journal.try_clone().and_then(|file| Journal::open(file, &self.body));
+        let given_up = journal.is_ok_and(|journal| journal.is_given_up());
+        if given_up {
+            self.kill();
+        }
+        given_up
+    }
+
     /// SIGKILL to the VMM: never left hanging.
     pub fn kill(&self) {
         Process { pidfd: self.pidfd.try_clone().ok(), pid: self.body.vmm_pid }.kill();
     }
 
-    /// Whether this is the journal that `other` is served from.
+    /// Whether `other` is of the same VMM, which has one userfaultfd, and that one reader.
+    pub fn is_of_vmm(&self, other: &Self) -> bool {
+        let of = |hold: &Self| (hold.body.vmm_pid, hold.body.vmm_start);
+        of(self) == of(other)
+    }
+
+    /// Whether `other` is the same VM again: its name, and the journal that it is served from.
     pub fn is_same(&self, other: &Self) -> bool {
         let of = |hold: &Self| adopt::image_id(&hold.journal, b"").ok().map(|id| (id.device, id.inode));
-        of(self).is_some() && of(self) == of(other)
+        self.name == other.name && of(self).is_some() && of(self) == of(other)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! One thread for all of it, and nothing that a fault waits for: VMs are served by threads of their own.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,7 +13,8 @@ use super::message::Message;
 use super::options::Options;
 use super::poll::Poll;
 use super::socket::{Packet, Socket};
-use super::{found, log, spawn};
+use super::spawn::{News, Standby};
+use super::{found, log};
 use crate::adopt::words;
 use crate::core::Core;
 use crate::demand::Ended;
@@ -26,9 +27,13 @@ const LOG: &str = "pager.log";
 
 /// Clients at once; one that comes when all are taken waits in the backlog.
 const CLIENTS_MAX: usize = 64;
+/// A client who has said nothing for so long is hung up on: he would keep others out, and the pager alive.
+const CLIENT_SILENCE: Duration = Duration::from_secs(1);
 /// A standby that lives for less is not followed at once by the next one.
 const STANDBY_LIFE: Duration = Duration::from_secs(1);
 const STANDBY_PAUSE: Duration = Duration::from_millis(200);
+/// One that cannot start is tried more and more rarely.
+const STANDBY_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// A VM and what serves it.
 pub struct Served {
@@ -41,27 +46,18 @@ pub struct Pager {
     listener: OwnedFd,
     signals: OwnedFd,
     vms: BTreeMap<String, Served>,
-    clients: Vec<Socket>,
+    clients: Vec<Client>,
     standby: Option<Standby>,
     standby_after: Instant,
+    standby_pause: Duration,
     idle_since: Option<Instant>,
     leaving: bool,
 }
 
-/// The standby, and what it has yet to be told.
-struct Standby {
-    spawned: spawn::Spawned,
-    news: VecDeque<News>,
-    ready: bool,
+/// A client, and since when he has been silent.
+struct Client {
+    socket: Socket,
     since: Instant,
-    /// Who asked for the upgrade that it was started for.
-    upgrade: Option<Socket>,
-}
-
-enum News {
-    Serve(String),
-    Gone(String),
-    Sync,
 }
 
 impl Pager {
@@ -77,6 +73,7 @@ impl Pager {
             clients: Vec::new(),
             standby: None,
             standby_after: now,
+            standby_pause: STANDBY_PAUSE,
             idle_since: Some(now),
             leaving: false,
         };
@@ -98,21 +95,22 @@ impl Pager {
     /// Wait for something and do it. True: this is the end.
     fn turn(&mut self) -> io::Result<bool> {
         let mut poll = Poll::default();
-        let signals = poll.add(self.signals.as_raw_fd());
+        let signals = poll.add_if(!self.leaving, self.signals.as_raw_fd()); // it stays ready
         let listener = poll.add_if(self.clients.len() < CLIENTS_MAX, self.listener.as_raw_fd());
         let standby = self.standby.as_ref().map(|standby| standby.watch(&mut poll));
-        let clients: Vec<_> = self.clients.iter().map(|client| poll.add(client.raw())).collect();
+        let clients: Vec<_> = self.clients.iter().map(|client| poll.add(client.socket.raw())).collect();
         let vms: Vec<_> = self.vms.values().map(|served| poll.add(served.core.outside.ended.raw())).collect();
         poll.wait(self.patience())?;
+        if let Some(places) = standby {
+            self.hear_standby(&poll, places);
+        }
         let ended: Vec<_> =
             self.vms.keys().zip(vms).filter(|&(_, at)| poll.ready(at)).map(|(name, _)| name.clone()).collect();
         ended.iter().for_each(|name| self.end(name));
         let heard: Vec<_> = (0..clients.len()).rev().filter(|&at| poll.ready(clients[at])).collect();
         heard.into_iter().for_each(|at| self.hear(at));
-        self.leaving |= poll.ready(signals);
-        if let Some(places) = standby {
-            self.hear_standby(&poll, places);
-        }
+        self.clients.retain(|client| client.since.elapsed() < CLIENT_SILENCE);
+        self.leaving |= signals.is_some_and(|at| poll.ready(at));
         if self.is_relieved() {
             self.hand_over();
             return Ok(true);
@@ -125,10 +123,11 @@ impl Pager {
 
     fn patience(&self) -> Option<Duration> {
         let now = Instant::now();
-        let standby = self.standby.is_none().then(|| self.standby_after.saturating_duration_since(now));
-        let idle =
-            self.idle_since.zip(self.options.idle).map(|(since, idle)| (since + idle).saturating_duration_since(now));
-        [standby, idle].into_iter().flatten().min()
+        let standby = self.standby.as_ref().map_or(Some(self.standby_after), Standby::must_be_ready_at);
+        let idle = self.idle_since.zip(self.options.idle).map(|(since, idle)| since + idle);
+        let silence = self.clients.iter().map(|client| client.since + CLIENT_SILENCE).min();
+        let next = [standby, idle, silence].into_iter().flatten().min();
+        next.map(|next| next.saturating_duration_since(now))
     }
 
     /// Whether it has been idle for long enough; then the standby is told to go.
@@ -167,14 +166,15 @@ impl Pager {
 
     fn accept(&mut self) {
         match Socket::accept(self.listener.as_fd()) {
-            Ok(Some(client)) if client.is_from_us() => self.clients.push(client),
+            Ok(Some(socket)) if socket.is_from_us() => self.clients.push(Client { socket, since: Instant::now() }),
             Ok(_) => {}
             Err(error) => log::line(&format!("accept: {}", words(&error))),
         }
     }
 
     fn hear(&mut self, at: usize) {
-        match self.clients[at].receive() {
+        self.clients[at].since = Instant::now();
+        match self.clients[at].socket.receive() {
             Ok(Some(packet)) => self.obey(at, packet),
             Ok(None) => drop(self.clients.swap_remove(at)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -187,21 +187,25 @@ impl Pager {
             Ok(Message::Serve { name }) => Hold::check(name, packet.descriptors).and_then(|hold| self.serve(hold)),
             Ok(Message::Publish { name }) => self.publish(&name),
             Ok(Message::Status) => Ok(self.status()),
+            Ok(Message::Upgrade) if self.is_upgrading() => Err("an upgrade is under way".into()),
             Ok(Message::Upgrade) => return self.upgrade(at),
             Ok(other) => Err(format!("not for a client to say: {other:?}")),
             Err(why) => Err(why),
         };
-        if self.clients[at].send(&Message::reply(answer), &[]).is_err() {
+        if self.clients[at].socket.send(&Message::reply(answer), &[]).is_err() {
             self.clients.swap_remove(at); // does not read, or has gone
         }
     }
 
     fn serve(&mut self, hold: Hold) -> Result<String, String> {
-        if let Some(served) = self.vms.get(&hold.name) {
-            return match served.hold.is_same(&hold) {
+        if let Some(Served { hold: other, .. }) = self.vms.values().find(|served| served.hold.is_of_vmm(&hold)) {
+            return match other.is_same(&hold) {
                 true => Ok("served already".into()), // who asked did not hear the answer
-                false => Err(format!("another VM of the name {} is served", hold.name)),
+                false => Err(format!("its VMM is served already, under the name {}", other.name)),
             };
+        }
+        if self.vms.contains_key(&hold.name) {
+            return Err(format!("another VM of the name {} is served", hold.name));
         }
         let core = hold.prepare(false).map_err(|error| words(&error))?;
         let name = hold.name.clone();
@@ -225,7 +229,7 @@ impl Pager {
         let mut text = format!("pager {}\n", std::process::id());
         if let Some(standby) = &self.standby {
             let state = if standby.ready { "ready" } else { "starting" };
-            text += &format!("standby {} {state}\n", standby.spawned.child.id());
+            text += &format!("standby {} {state}\n", standby.child.id());
         }
         for (name, served) in &self.vms {
             text += &format!("vm {name} {}\n", served.hold.body.vmm_pid);
@@ -272,41 +276,32 @@ impl Pager {
         if self.standby.is_some() || Instant::now() < self.standby_after || self.vms.is_empty() {
             return;
         }
-        if let Err(error) = self.start_standby(None) {
+        if let Err(error) = self.start_standby() {
             log::line(&format!("standby: {}", words(&error)));
-            self.standby_after = Instant::now() + STANDBY_PAUSE;
+            self.put_off_standby(false);
         }
     }
 
-    fn start_standby(&mut self, upgrade: Option<Socket>) -> io::Result<()> {
-        let spawned = spawn::standby(&self.options, &self.listener)?;
-        let news = self.vms.keys().cloned().map(News::Serve).chain([News::Sync]).collect();
-        self.standby = Some(Standby { spawned, news, ready: false, since: Instant::now(), upgrade });
+    /// One that could not even start will most likely not the next time either.
+    fn put_off_standby(&mut self, it_started: bool) {
+        self.standby_pause = if it_started { STANDBY_PAUSE } else { (2 * self.standby_pause).min(STANDBY_PAUSE_MAX) };
+        self.standby_after = Instant::now() + self.standby_pause;
+    }
+
+    fn start_standby(&mut self) -> io::Result<()> {
+        self.standby = Some(Standby::start(&self.options, &self.listener, self.vms.keys().cloned())?);
         Ok(())
     }
 
     fn tell(&mut self, news: News) {
         if let Some(standby) = &mut self.standby {
-            standby.news.push_back(news);
+            standby.push(news);
         }
     }
 
-    /// Send what it takes without waiting.
     fn tell_standby(&mut self) {
-        let Some(standby) = &mut self.standby else { return };
-        while let Some(news) = standby.news.front() {
-            let sent = match news {
-                News::Serve(name) => self.vms.get(name).map_or(Ok(()), |served| {
-                    let message = Message::Serve { name: name.clone() };
-                    standby.spawned.socket.send(&message, &served.hold.descriptors())
-                }),
-                News::Gone(name) => standby.spawned.socket.send(&Message::Gone { name: name.clone() }, &[]),
-                News::Sync => standby.spawned.socket.send(&Message::Sync, &[]),
-            };
-            if sent.is_err() {
-                return; // full: later; gone: its pidfd tells
-            }
-            standby.news.pop_front();
+        if let Some(standby) = &mut self.standby {
+            standby.tell(&self.vms);
         }
     }
 
@@ -314,16 +309,14 @@ impl Pager {
         let Some(standby) = &mut self.standby else { return };
         if poll.ready(pidfd) {
             self.lose_standby();
-        } else if poll.ready(socket) {
-            if let Ok(Some(Packet { message: Ok(Message::Ready), .. })) = standby.spawned.socket.receive() {
-                standby.ready = true;
-            }
+        } else {
+            standby.hear(poll.ready(socket));
         }
     }
 
     /// Whether it is to go, and a standby is there that goes on.
     fn is_relieved(&mut self) -> bool {
-        let Some(standby) = self.standby.as_mut().filter(|standby| standby.ready) else { return false };
+        let Some(standby) = self.standby.as_mut().filter(|standby| standby.knows_all()) else { return false };
         if let Some(client) = standby.upgrade.take() {
             let _ = client.send(&Message::reply(Ok("handed over".into())), &[]);
             return true;
@@ -333,30 +326,36 @@ impl Pager {
 
     fn lose_standby(&mut self) {
         let Some(mut standby) = self.standby.take() else { return };
-        let _ = standby.spawned.child.wait(); // it has exited
+        let _ = standby.child.wait(); // it has exited
         if let Some(client) = standby.upgrade {
             let _ = client.send(&Message::reply(Err("the new standby has died; nothing has changed".into())), &[]);
         }
-        if standby.since.elapsed() < STANDBY_LIFE {
+        if standby.since.elapsed() < STANDBY_LIFE || !standby.ready {
             log::line("standby: it has died young");
-            self.standby_after = Instant::now() + STANDBY_PAUSE;
+            self.put_off_standby(standby.ready);
         }
     }
 
     fn dismiss_standby(&mut self) {
         if let Some(mut standby) = self.standby.take() {
-            let _ = standby.spawned.socket.send(&Message::Bye, &[]);
-            let _ = standby.spawned.child.kill(); // it holds nothing that anybody needs
-            let _ = standby.spawned.child.wait();
+            let _ = standby.socket.send(&Message::Bye, &[]);
+            let _ = standby.child.kill(); // it holds nothing that anybody needs
+            let _ = standby.child.wait();
         }
+    }
+
+    fn is_upgrading(&self) -> bool {
+        self.standby.as_ref().is_some_and(|standby| standby.upgrade.is_some())
     }
 
     /// Start a new standby, of the program as it is on disk now; hand over when it is ready.
     fn upgrade(&mut self, at: usize) {
-        let client = self.clients.swap_remove(at);
+        let client = self.clients.swap_remove(at).socket;
         self.dismiss_standby();
-        if let Err(error) = self.start_standby(Some(client)) {
-            log::line(&format!("upgrade: {}", words(&error)));
+        if let Err(error) = self.start_standby() {
+            let _ = client.send(&Message::reply(Err(format!("a new standby: {}", words(&error)))), &[]);
+        } else if let Some(standby) = &mut self.standby {
+            standby.upgrade = Some(client);
         }
     }
 
@@ -365,13 +364,5 @@ impl Pager {
         self.vms.values().for_each(|served| served.core.hand_over());
         self.vms.values().for_each(|served| drop(served.core.join()));
         log::line("handed over");
-    }
-}
-
-impl Standby {
-    fn watch(&self, poll: &mut Poll) -> [usize; 2] {
-        let socket = self.spawned.socket.raw();
-        let place = if self.news.is_empty() { poll.add(socket) } else { poll.add_writing(socket) };
-        [place, poll.add(self.spawned.pidfd.as_raw_fd())]
     }
 }

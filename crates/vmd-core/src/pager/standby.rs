@@ -10,6 +10,7 @@ use super::message::Message;
 use super::poll::Poll;
 use super::primary::Served;
 use super::socket::{Packet, Socket};
+use crate::adopt::words;
 
 /// Keep up with the pager until it dies; then what it served. None: there is nothing left to serve.
 ///
@@ -52,16 +53,17 @@ fn hear_one(socket: &Socket, vms: &mut BTreeMap<String, Served>) -> io::Result<H
     let packet = match socket.receive() {
         Ok(Some(packet)) => packet,
         Ok(None) => return Ok(Heard::End),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
-        // It died with something of ours unread; what it had sent before is still to come.
+        // It died with an answer of ours unread; what it said last is still to be heard.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Heard::Something),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
         Err(error) => return Err(error),
     };
     let Packet { message, descriptors } = packet;
     match message {
-        Ok(Message::Serve { name }) => match prepare(Hold::check(name, descriptors)) {
-            Ok(served) => drop(vms.insert(served.hold.name.clone(), served)),
-            Err(why) => log::line(&format!("standby: {why}")),
+        Ok(Message::Serve { .. }) if Hold::is_over(&descriptors) => {}
+        Ok(Message::Serve { name }) => match prepare(name.clone(), descriptors) {
+            Ok(served) => drop(vms.insert(name, served)),
+            Err(why) => log::line(&format!("standby: {name}: {why}")),
         },
         Ok(Message::Gone { name }) => drop(vms.remove(&name)),
         // A pager that has died meanwhile does not hear it: now it is our turn, and no time to give up.
@@ -72,9 +74,9 @@ fn hear_one(socket: &Socket, vms: &mut BTreeMap<String, Served>) -> io::Result<H
     Ok(Heard::Something)
 }
 
-fn prepare(hold: Result<Hold, String>) -> Result<Served, String> {
-    let hold = hold?;
-    let core = hold.prepare(true).map_err(|error| format!("{}: {error}", hold.name))?;
+fn prepare(name: String, descriptors: Vec<OwnedFd>) -> Result<Served, String> {
+    let hold = Hold::check(name, descriptors)?;
+    let core = hold.prepare(true).map_err(|error| words(&error))?;
     Ok(Served { hold, core })
 }
 
