@@ -21,6 +21,7 @@ pub fn serve(regions: Regions, image: File, journal: Journal, taken_over: bool) 
         limits: Limits::default(),
         ending: AtomicBool::new(false),
         death: None,
+        watch: None,
         taken_over,
         outside: Arc::new(Outside::new(journal, None).unwrap()),
     }
