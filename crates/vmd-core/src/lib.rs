@@ -69,5 +69,5 @@ pub mod internals {
         ($($name:ident)*) => { $(pub mod $name { pub use crate::$name::*; })* };
     }
     open!(abi adopt body core death demand host image journal live plan regions staging states stats uffd vm);
-    pub use crate::pager::{self, message, socket};
+    pub use crate::pager::{message, socket};
 }
