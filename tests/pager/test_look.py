@@ -114,7 +114,7 @@ def test_who_looks_does_not_disturb_who_makes_a_journal(
             timers[0].start()
         return real(fd)
 
-    monkeypatch.setattr(journal.os, "fstat", look_now)
+    monkeypatch.setattr(os, "fstat", look_now)
     source = Image(image)
     kept = Journal.create(made, source, "native")
     timers[0].join()

@@ -102,7 +102,7 @@ def test_a_journal_that_has_gone(host: Host, two: tuple[Vm, Vm]) -> None:
 
 
 def test_an_image_that_changed_while_it_was_served(host: Host, two: tuple[Vm, Vm]) -> None:
-    """Its pager has it open and serves on. No standby that comes later takes it, and the log says so while there is time."""
+    """Its pager has it open and serves on. No standby that comes later takes it, and the log says so in time."""
     bad, good = two
     os.utime(bad.memory.path)
     before = host.pids()
@@ -120,8 +120,10 @@ def test_no_permission_to_its_userfaultfd(host: Host, run_dir: Path) -> None:
     (vm,) = host.serve("bad")
     box = vm.record(host.settings)
     host.kill_both()
-    script = f"import ctypes; assert ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_SYS_PTRACE}) == 0\n" \
-        "from vmd import sandbox; from vmd.settings import Settings; sandbox.recover(Settings.read(), print)"  # fmt: skip
+    script = (
+        f"import ctypes; assert ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_SYS_PTRACE}) == 0\n"
+        "from vmd import sandbox; from vmd.settings import Settings; sandbox.recover(Settings.read(), print)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == (lost(vm, host) + "\n", "")
     assert vm.vmm.wait() == -signal.SIGKILL
@@ -161,7 +163,7 @@ def looking(vm: Vm) -> Iterator[None]:
 
 
 def test_who_looks_whether_it_is_served_is_not_taken_for_its_server(host: Host, two: tuple[Vm, Vm]) -> None:
-    bad, good = two
+    bad, _ = two
     for _ in range(5):
         host.kill_both()
         with looking(bad):

@@ -25,7 +25,9 @@ DESCRIPTORS_MAX = 1 << 16
 
 def may_be_spared() -> bool:
     """Whether this host lets root do it: a container may not."""
-    return subprocess.run(["sh", "-c", "echo -999 > /proc/self/oom_score_adj"], stderr=subprocess.DEVNULL).returncode == 0
+    return (
+        subprocess.run(["sh", "-c", "echo -999 > /proc/self/oom_score_adj"], stderr=subprocess.DEVNULL).returncode == 0
+    )
 
 
 def test_its_memory_stays_and_its_descriptors_suffice(host: Host) -> None:
@@ -54,16 +56,20 @@ def test_one_that_hangs_fails_who_asks_within_his_bound(host: Host) -> None:
     assert other.is_whole()
 
 
+def fill_backlog(host: Host, stack: ExitStack) -> None:
+    while True:
+        peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        peer.setblocking(False)
+        peer.connect(str(host.socket))
+
+
 def test_one_that_hangs_behind_a_full_backlog_is_not_replaced(host: Host) -> None:
     """Somebody listens there: a second pager beside it would take its socket away."""
     (vm,) = host.serve("a")
     pids = host.pids()
     with host.hung(), ExitStack() as stack:
         with pytest.raises(BlockingIOError):
-            while True:
-                peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-                peer.setblocking(False)
-                peer.connect(str(host.socket))
+            fill_backlog(host, stack)
         with pytest.raises(TimedOut, match=rf"^pager: no place in its backlog within {HUNG_SECONDS} s$"):
             host.status()
     assert host.pids() == pids

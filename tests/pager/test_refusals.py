@@ -1,4 +1,4 @@
-"""A VM that is handed over wrongly is refused in one clear line; nothing stays open, and it can be handed over rightly."""
+"""A VM that is handed over wrongly is refused in one clear line; nothing stays open; the right way still works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.vmm import eventually
-from tests.pager.world import PUBLISH, SERVE, STATUS, Host, Peer, Vm, fds
+from tests.pager.world import PUBLISH, SERVE, Host, Vm, fds
 from vmd.errors import PagesFailed
 from vmd.pages.journal import Journal
 
@@ -89,7 +89,7 @@ def test_wrong_descriptors(host: Host, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [b"", b"../etc", b"a b", b"a\0", b"\xff", b"n" * 65])
 def test_no_name(host: Host, name: bytes) -> None:
-    with host.knock() as peer, open(os.devnull) as null:
+    with host.knock() as peer, Path(os.devnull).open() as null:
         for kind in (SERVE, PUBLISH):
             peer.say(kind, name, [null.fileno()])
             assert str(peer.answer()).startswith("refused: expected a name of 1 to 64 letters, digits, . _ -")
@@ -115,5 +115,5 @@ def test_what_is_served_already(host: Host) -> None:
 def test_the_words_of_a_refusal_reach_the_caller(host: Host) -> None:
     vm = host("a")
     os.utime(vm.memory.path)
-    with pytest.raises(PagesFailed, match="^pager: the fourth descriptor is not the image of the journal$"):
+    with pytest.raises(PagesFailed, match=r"^pager: the fourth descriptor is not the image of the journal$"):
         vm.serve()

@@ -149,7 +149,8 @@ def test_a_vm_that_waits_in_the_backlog_is_served_by_the_next(host: Host) -> Non
 
 def test_who_was_heard_and_not_answered_asks_the_next(host: Host) -> None:
     host.serve("a")
-    pids, asked = host.pids(), []
+    pids = host.pids()
+    asked: list[str] = []
 
     def ask(control: Control) -> str:
         told = control.status()

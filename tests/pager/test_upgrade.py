@@ -8,8 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.fakes.vmm import eventually
 from tests.pager.world import Gate, Host, Vm, kill
 from vmd.errors import PagesFailed

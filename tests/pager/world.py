@@ -11,6 +11,7 @@ import struct
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -145,7 +146,7 @@ class Pids(NamedTuple):
 
 
 class Host:
-    """The run directory of a test. Call it: ``host(name, pages=64, holes=(), replay=None)`` is a `Vm` that is not served yet.
+    """The run directory of a test. Call it: ``host(name, pages=64, holes=(), replay=None)`` is a `Vm`, not served yet.
 
     At its end all VMs are killed, and with them pager and standby must end.
     """
@@ -230,7 +231,7 @@ class Host:
         os.kill(pager, signal.SIGCONT)
 
     def close(self) -> None:
-        """End all VMs; then pager and standby must end by themselves, and of their files only a log that says something."""
+        """End all VMs; then pager and standby must end by themselves, and leave only a log that says something."""
         self._vms.close()
         eventually(lambda: not self.processes(), "pager and standby end")
         left = {path.name: path.stat().st_size for path in self.run_dir.glob("pager.*")}
@@ -307,7 +308,7 @@ def crash(pid: int, thread: str, number: int = signal.SIGSEGV) -> None:
         if (task / "comm").read_text().strip() == thread:
             pidfd = os.pidfd_open(pid)
             assert ctypes.CDLL(None).syscall(_TGKILL, pid, int(task.name), number) == 0
-            eventually(lambda: process.is_dead(pidfd), f"process {pid} crashes")
+            eventually(partial(process.is_dead, pidfd), f"process {pid} crashes")
             process.reap(pidfd)
             os.close(pidfd)
             return

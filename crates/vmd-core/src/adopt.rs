@@ -41,7 +41,7 @@ pub struct Refused {
     /// Another page server is alive on it.
     pub served: bool,
     /// A VMM that is frozen, and that nobody can serve.
-    frozen: Option<Frozen>,
+    frozen: Option<Box<Frozen>>,
 }
 
 struct Frozen {
@@ -54,7 +54,8 @@ impl Refused {
     /// Give the VM up, if it is one that would hang for ever: the reason into its journal, SIGKILL to its VMM.
     /// Whether it was.
     pub fn give_up(self) -> bool {
-        let Some(Frozen { body, journal, pidfd }) = self.frozen else { return false };
+        let Some(frozen) = self.frozen else { return false };
+        let Frozen { body, journal, pidfd } = *frozen;
         if let Ok(journal) = Journal::open(journal, &body) {
             journal.give_up(&self.why);
         }
@@ -82,7 +83,9 @@ pub fn find(path: &Path, pid: Option<u32>) -> Result<Found, Refused> {
     let rest = find_image(&body.image).and_then(|image| Ok((image, find_uffd(body.vmm_pid, &pidfd)?)));
     let (image, uffd) = match rest {
         Ok(rest) => rest,
-        Err(why) => return Err(Refused { why, served: false, frozen: Some(Frozen { body, journal: file, pidfd }) }),
+        Err(why) => {
+            return Err(Refused { why, served: false, frozen: Some(Box::new(Frozen { body, journal: file, pidfd })) });
+        }
     };
     Ok(Found { body, journal: file, image, pidfd, uffd })
 }
