@@ -137,7 +137,7 @@ async def _look(settings: Settings, seen: Seen) -> None:
 
 def _list(settings: Settings, seen: Seen) -> list[State]:
     store.sweep_runs(settings)
-    sandboxes.recover(settings, seen.fail)
+    sandboxes.recover(settings, seen.warn)
     return [sandbox.state() for sandbox in sandboxes.list_all(settings)]
 
 

@@ -50,6 +50,11 @@ class Seen:
     windows: list[Window] = field(default_factory=list)
     create_ms: list[float] = field(default_factory=list)
 
+    def warn(self, line: str) -> None:
+        """Of a VM that cannot be adopted. One that is wanted makes its guest fail; one being killed may meet it too."""
+        print(f"chaos: {line}", file=sys.stderr, flush=True)
+        self.did["warned"] += 1
+
     def fail(self, line: str) -> None:
         print(f"chaos: {line}", file=sys.stderr, flush=True)
         self.failures.append(line)
