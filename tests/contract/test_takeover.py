@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -16,6 +17,7 @@ from vmd.pages.contract import Beside, Death, EndReason, Service
 from vmd.pages.cores import core_name
 from vmd.pages.journal import Journal
 from vmd.pages.native import NativeCore
+from vmd.pages.regions import HUGE_PAGE, SYSTEM_PAGE
 from vmd.pages.source import Image
 
 pytestmark = pytest.mark.needs_uffd
@@ -50,21 +52,24 @@ class Journalled:
         return Served(self.memory, self.vmm, core)
 
 
-Start = Callable[[Service], Journalled]
+class Start(Protocol):
+    """Starts a VMM that is served, with a journal."""
+
+    def __call__(self, service: Service, page_size: int = ..., pages: int = ...) -> Journalled: ...
 
 
 @pytest.fixture(params=["native"])  # as all tests of the contract suite say it
 def journalled(run_dir: Path, make_image: MakeImage) -> Iterator[Start]:
-    """Call it with a `Service`: the VMM is served, with a journal."""
+    """Call it with a `Service` (`Start`)."""
     try:
         core_name("native")
     except VmdError as missing:
         pytest.skip(f"native core not built ({missing})")
     with ExitStack() as stack:
 
-        def start(service: Service) -> Journalled:
-            memory = make_image(PAGES, {HOLE})
-            vmm = stack.enter_context(FakeVmm(memory.path, [Span(PAGES, 0)]))
+        def start(service: Service, page_size: int = SYSTEM_PAGE, pages: int = PAGES) -> Journalled:
+            memory = make_image(pages, {HOLE} & set(range(pages)), page_size)
+            vmm = stack.enter_context(FakeVmm(memory.path, [Span(pages, 0)], page_size))
             handshake = shake_hands(vmm, run_dir / "pages.sock", memory)
             image = Image(memory.path)
             journal = Journal.create(run_dir / "journal", image, "native")
@@ -140,6 +145,21 @@ def test_death_while_adopting(journalled: Start, point: str) -> None:
     assert fault.wait() == [["image"]]
     assert world.vmm.verdicts([3, 4]) == ["zero", "image"]
     assert served.at_rest().takeovers == 2
+    served.finish()
+
+
+@pytest.mark.parametrize("point", DEMAND_POINTS)
+def test_death_with_a_page_of_2_mib_in_hand(journalled: Start, huge_pages: None, point: str) -> None:
+    world = journalled(Service(death=Death(point, after=2)), HUGE_PAGE, pages=3)
+    assert world.vmm.verdicts([1, 2]) == ["image"] * 2
+    job = world.vmm.start("verdict", [0])
+    world.dies()
+    served = world.adopt()
+    assert job.wait() == [["image"]]
+    assert world.vmm.do("remove", [1]) == ["ok"]
+    assert world.vmm.verdicts() == ["image", "zero", "image"]
+    counters = served.at_rest()
+    assert (counters.demand, counters.zero, counters.removed) == (3, 1, 1)
     served.finish()
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import mmap
 import os
+import random
 import signal
 import socket
 import sys
@@ -62,15 +63,35 @@ class Memory:
             self.regions.append((base, size, offset))
             at += -(-size // align) * align + align
 
-    def verdict(self, address: int) -> str:
-        """The page at ``address``, whole: ``zero``, ``image`` (its bytes of the file), or ``other``."""
+    def page(self, address: int) -> bytes:
+        """The page at ``address``, whole."""
         page = ctypes.create_string_buffer(self.page_size)
         libc.memcpy(page, address, self.page_size)
-        if not any(page.raw):
-            return "zero"
+        return page.raw
+
+    def original(self, address: int) -> bytes:
+        """Its bytes of the file."""
         base, _, offset = next(region for region in self.regions if region[0] <= address < region[0] + region[1])
         at = offset + address - base
-        return "image" if page.raw == self.image[at : at + self.page_size] else "other"
+        return self.image[at : at + self.page_size]
+
+    def verdict(self, address: int) -> str:
+        """The page at ``address``: ``zero``, ``image`` (its bytes of the file), or ``other``."""
+        page = self.page(address)
+        if not any(page):
+            return "zero"
+        return "image" if page == self.original(address) else "other"
+
+    def content(self, address: int) -> str:
+        """As `verdict`, of a page that may have been written to: ``written zero``, ``written image``."""
+        page = self.page(address)
+        bases = {"zero": bytes(self.page_size), "image": self.original(address)}
+        for word, base in bases.items():
+            if page == base:
+                return word
+            if page == PATTERN + base[len(PATTERN) :]:
+                return f"written {word}"
+        return "other"
 
 
 def mapped(at: int, size: int, protection: int, flags: int) -> int:
@@ -88,6 +109,8 @@ class Worker:
         self.buffer = ctypes.create_string_buffer(PATTERN, len(PATTERN))
         self.file = os.memfd_create("kernel-side")
         os.write(self.file, PATTERN)
+        self.random = random.Random(0)
+        self.left: dict[int, str] = {}  # what `churn` left on each page
 
     def close(self) -> None:
         os.close(self.file)
@@ -116,6 +139,21 @@ class Worker:
 
     def verdict(self, address: int) -> str:
         return self.memory.verdict(address)
+
+    def content(self, address: int) -> str:
+        return self.memory.content(address)
+
+    def churn(self, address: int) -> str:
+        """Check, write to or give back a page that no other thread touches: what it holds then."""
+        original = "image" if any(self.memory.original(address)) else "zero"
+        left = self.left.get(address, original)
+        act = self.random.choice([self.content, self.write, self.remove])
+        said = act(address)
+        if act == self.content and said != left:
+            return f"{said} instead of {left}"
+        left = {self.write: f"written {left.split()[-1]}", self.remove: "zero"}.get(act, left)
+        self.left[address] = left
+        return left
 
     def remove(self, address: int) -> str:
         return result(libc.madvise(address, self.memory.page_size, mmap.MADV_DONTNEED))
