@@ -35,17 +35,22 @@ class Vmm:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._pending = b""
-        api = directory / "api.sock"
         self.process = subprocess.Popen(
-            [firecracker(), "--api-sock", str(api), "--level", "Error"],
+            self._words(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
             cwd=directory,
         )
-        self._api = _Api(api)
+        self._api = _Api(self._socket())
         self._wait_for_api()
+
+    def _words(self) -> list[str]:
+        return [firecracker(), "--api-sock", str(self._socket()), "--level", "Error"]
+
+    def _socket(self) -> Path:
+        return self.directory / "api.sock"
 
     def __enter__(self) -> "Vmm":
         return self

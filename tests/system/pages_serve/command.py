@@ -1,4 +1,4 @@
-"""`vmd pages serve` as a process of its own, seen from outside only."""
+"""`vmd pages serve` and `vmd pages adopt` as processes of their own, seen from outside only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from tests.fakes.vmm import FakeVmm, eventually
 
@@ -27,16 +28,13 @@ MakeVmm = Callable[..., FakeVmm]
 COUNTS = ("faults", "demand", "replayed", "prefetched", "zero", "removed", "poisoned", "present", "parked")
 
 
-class PageServer:
-    """One run of the command. Its output goes to files, so that it can be read at any time."""
+class Command:
+    """One run of a command. Its output goes to files, so that it can be read at any time."""
 
-    def __init__(
-        self, directory: Path, socket: Path, memory: Path, options: Iterable[str | Path], env: Mapping[str, str]
-    ) -> None:
-        self.socket = socket
+    def __init__(self, directory: Path, words: Iterable[str | Path], env: Mapping[str, str]) -> None:
         self.stats_path = directory / "stats.json"
         self._out, self._err = directory / "stdout", directory / "stderr"
-        words: list[str | Path] = [VMD, "pages", "serve", "--socket", socket, "--memory", memory, *options]
+        words = [VMD, "pages", *words]
         if "--stats" not in words:
             words += ["--stats", self.stats_path]
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -85,13 +83,23 @@ class PageServer:
 
     # --- its life --------------------------------------------------------------------------------
 
-    def wait_ready(self) -> PageServer:
+    def wait_ready(self) -> Self:
         eventually(lambda: self.stdout() or self.process.poll() is not None, "ready", WAIT_SECONDS)
         assert self.stdout() == "ready\n", (self.process.poll(), self.stdout(), self.stderr())
         return self
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def stop(self) -> None:
+        """Stop all its threads, until SIGCONT or SIGKILL."""
+        self.send(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
+    def kill(self) -> None:
+        """SIGKILL: it can neither say nor remove anything."""
+        self.process.kill()
+        self.process.wait()
 
     def has_ended(self, seconds: float = 0.0) -> bool:
         poll = select.poll()
@@ -123,14 +131,63 @@ class PageServer:
         return sorted(links)
 
     def close(self) -> None:
-        """Kill it if it lives; then it cannot remove its socket. Checks what always holds."""
+        """Kill it if it lives. Checks what always holds."""
         if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-            self.socket.unlink(missing_ok=True)
+            self.kill()
         os.close(self._pidfd)
         assert "Traceback" not in self.stderr(), self.stderr()
         assert self.stdout() in ("", "ready\n"), self.stdout()
+
+
+class PageServer(Command):
+    """One run of `vmd pages serve`."""
+
+    def __init__(
+        self, directory: Path, socket: Path, memory: Path, options: Iterable[str | Path], env: Mapping[str, str]
+    ) -> None:
+        self.socket = socket
+        super().__init__(directory, ["serve", "--socket", socket, "--memory", memory, *options], env)
+
+    def kill(self) -> None:
+        """See `Command`. Its socket is removed for it."""
+        super().kill()
+        self.socket.unlink(missing_ok=True)
+
+
+class Adopter(Command):
+    """One run of `vmd pages adopt`."""
+
+    def __init__(self, directory: Path, pid: int, journal: Path, options: Iterable[str | Path]) -> None:
+        words: list[str | Path] = ["adopt", "--pid", str(pid), "--journal", journal, *options]
+        super().__init__(directory, words, {"VMD_CORE": "native"})
+
+
+class Adopt(Protocol):
+    """Runs `vmd pages adopt` and, with ``ready``, waits until it serves."""
+
+    def __call__(self, pid: int, journal: Path, *options: str | Path, ready: bool = ...) -> Adopter: ...
+
+
+@dataclass(frozen=True)
+class Journalled:
+    """A VMM, and the page server that serves it with a journal."""
+
+    server: PageServer
+    vmm: FakeVmm
+    memory: Path
+    journal: Path
+
+    @property
+    def frozen_line(self) -> str:
+        """What a server says that leaves it."""
+        way = f"vmd pages adopt --pid {self.vmm.pid} --journal {self.journal} goes on"
+        return f"vmd: warning: vmm {self.vmm.pid} left frozen; {way}"
+
+
+class MakeJournalled(Protocol):
+    """Start both: ``pages`` and ``holes`` of the memory file, further options of the server."""
+
+    def __call__(self, *options: str | Path, pages: int = ..., holes: Collection[int] = ...) -> Journalled: ...
 
 
 class Serve(Protocol):

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.vmm import FakeVmm, Span
-from tests.system.pages_serve.command import PAIR_PAGES, MakeMemory, MakeVmm, PageServer, Serve
+from tests.system.pages_serve.command import (
+    PAIR_PAGES,
+    Adopt,
+    Adopter,
+    Journalled,
+    MakeJournalled,
+    MakeMemory,
+    MakeVmm,
+    PageServer,
+    Serve,
+)
 from tests.system.pages_serve.machine import Frozen, MakeThawed, Thawed, freeze
 from tests.system.pages_serve.pages import PAGE
 
@@ -94,3 +104,40 @@ def pair(serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm) -> tupl
     """A page server that waits, and a VMM with one region over its whole memory file."""
     memory = make_memory(PAIR_PAGES)
     return serve_pages(memory), make_vmm(memory)
+
+
+@pytest.fixture
+def make_journalled(
+    serve_pages: Serve, make_memory: MakeMemory, make_vmm: MakeVmm, run_dir: Path
+) -> Iterator[MakeJournalled]:
+    """Start a VMM and a page server that keeps a journal. Where the server was killed, its journal is removed."""
+    made: list[Journalled] = []
+
+    def make(*options: str | Path, pages: int = 64, holes: Collection[int] = ()) -> Journalled:
+        journal = run_dir / f"journal-{len(made)}"
+        memory = make_memory(pages, holes)
+        server, vmm = serve_pages(memory, "--journal", journal, *options), make_vmm(memory)
+        vmm.handshake(server.socket)
+        server.when(state="serving")
+        made.append(Journalled(server, vmm, memory, journal))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.journal.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def adopt_pages(tmp_path: Path) -> Iterator[Adopt]:
+    """Run the command; at the end of the test it is killed."""
+    numbers = count()
+    with ExitStack() as stack:
+
+        def start(pid: int, journal: Path, *options: str | Path, ready: bool = True) -> Adopter:
+            directory = tmp_path / f"adopter-{next(numbers)}"
+            directory.mkdir()
+            adopter = Adopter(directory, pid, journal, options)
+            stack.callback(adopter.close)
+            return adopter.wait_ready() if ready else adopter
+
+        yield start

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest.vmm import Vmm, figures
+from tests.guest.vmm import Vmm, figures, firecracker
 
 KERNEL = Path(__file__).parents[3] / "src" / "vmd" / "guest" / "micro.elf"
 MIB = 128
@@ -36,6 +37,33 @@ class Thawed(Vmm):
     def is_right(self) -> bool:
         """Whether every word of the guest's memory is what it must be; touches all of it."""
         return figures(self.ask("check"))["wrong"] == 0
+
+
+class Jailed(Thawed):
+    """A VMM in the chroot ``root``, as a user of its own. Give it paths relative to that."""
+
+    def __init__(self, directory: Path, uid: int, gid: int) -> None:
+        self._binary = Path(firecracker()).resolve()
+        self.root = directory / self._binary.name / "t1" / "root"
+        self._ids = ["--id", "t1", "--uid", str(uid), "--gid", str(gid), "--chroot-base-dir", str(directory)]
+        super().__init__(directory)
+
+    def _words(self) -> list[str]:
+        jailer = os.environ.get("VMD_JAILER") or str(Path(sys.prefix) / "bin" / "jailer")
+        return [
+            jailer,
+            "--exec-file",
+            str(self._binary),
+            *self._ids,
+            "--",
+            "--api-sock",
+            "api.sock",
+            "--level",
+            "Error",
+        ]
+
+    def _socket(self) -> Path:
+        return self.root / "api.sock"
 
 
 MakeThawed = Callable[[], Thawed]
