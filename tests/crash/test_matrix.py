@@ -17,7 +17,8 @@ from tests.fakes.vmm import Job, eventually
 pytestmark = pytest.mark.needs_uffd
 
 POINTS = [
-    "read", "apply", "clear", "install", "note", "fill-install", "fill-note", "adopt-apply", "adopt-wake", "adopted",
+    "read", "apply", "clear", "intend", "install", "note", "fill-intend", "fill-install", "fill-note",
+    "adopt-apply", "adopt-wake", "adopted",
 ]  # fmt: skip
 OUTSIDE = "outside"
 """No point of the core's: killed by somebody else once the VM is in its situation."""
@@ -52,8 +53,12 @@ SITUATIONS = {
 }
 NO_MESSAGE, NO_PLAN = "an idle VM sends no message", "what is to be filled is a replay's plan: see replaying"
 CANNOT = {
-    **{(point, "idle"): NO_MESSAGE for point in ("read", "apply", "clear", "install", "note")},
-    **{(point, situation): NO_PLAN for point in ("fill-install", "fill-note") for situation in ("idle", "faulting")},
+    **{(point, "idle"): NO_MESSAGE for point in ("read", "apply", "clear", "intend", "install", "note")},
+    **{
+        (point, situation): NO_PLAN
+        for point in ("fill-intend", "fill-install", "fill-note")
+        for situation in ("idle", "faulting")
+    },
 }
 """Why a server is never at this point in this situation; asserted, by one with the order, which then lives."""
 
@@ -106,7 +111,7 @@ def order_of(point: str, after: int = 0) -> list[object] | None:
 
 def warm(world: World, situation: Situation, point: str) -> tuple[Server, list[Job]]:
     """A server that has worked already, and is then faced with all that the VM does at once."""
-    passed = len(WARM) + (0 if point in ("install", "note") else 1)
+    passed = len(WARM) + (0 if point in ("intend", "install", "note") else 1)
     server = world.serve(death=order_of(point, passed))
     for page in WARM:
         assert world.vmm.verdicts([page]) == ["image"]

@@ -19,14 +19,19 @@ STATES_BYTES_MAX = 1 << 20
 EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMOVE = 0x12, 0x13, 0x15
 ABSENT, INSTALLED, REMOVED, POISONED = range(4)
 NOTHING, RECORD, REPLAY, SEQUENTIAL = range(4)
-COUNTERS = ("demand", "replayed", "prefetched", "zero", "removed", "faults", "poisoned", "present", "parked")
+INSTALLS = ("demand", "replayed", "prefetched", "zero")
+COUNTERS = (*INSTALLS, "removed", "faults", "poisoned", "present", "parked")
+INSTALLER = (*INSTALLS, "intent_first", "intent_pages", "intent_before", "intent_counter", "intent_brought")
 LIVE = (
     "takeovers", "crashes", "server_pid", "ended", "cpu_ns", "oldest_ns", "replay_pages", "replay_done",
-    "intent_first", "intent_pages", "intent_before", "intent_counter", "intent_brought", *COUNTERS,
+    "faults", "removed", "poisoned", "present", "parked",
+    *INSTALLER, *(f"filler{number}_{word}" for number in (1, 2) for word in INSTALLER),
 )  # fmt: skip
+"""The words of the fault thread as an installer have no prefix: tests forge its alone."""
 WORDS = (
     "vmm_pid", "vmm_start", "page_size", "regions", "beside", "offsets", "bytes_max",
     "device", "inode", "image_bytes", "mtime_ns", "path",
+    "fault_unserved_ms", "exit_wait_ms", "image_read_tries", "poison_lines_max", "memory_floor_percent",
 )  # fmt: skip
 FIXED_BYTES = CHECKED_AT + 8 + 16 + 8 * len(WORDS)
 
@@ -46,6 +51,11 @@ class JournalFile:
     image_bytes: int = 0
     mtime_ns: int = 0
     path: bytes = b""
+    fault_unserved_ms: int = 10_000
+    exit_wait_ms: int = 30_000
+    image_read_tries: int = 3
+    poison_lines_max: int = 10
+    memory_floor_percent: int = 10
     regions: list[tuple[int, int, int]] = field(default_factory=list)  # base, size, offset
     offsets: list[int] = field(default_factory=list)
     live: dict[str, int] = field(default_factory=dict)
