@@ -18,7 +18,7 @@ def test_a_fault_is_tried_again_in_a_silent_vm_and_costs_little(serve: Serve, ma
     orders = [Injection("copy", Outcome.LATER, REFUSALS), Injection("zero", Outcome.LATER, REFUSALS)]
     served = serve(image, service=Service(injections=orders))
     jobs = [served.vmm.start("verdict", [page]) for page in (DATA, HOLE)]
-    assert [job.wait(10) for job in jobs] == [[["image"]], [["zero"]]]
+    assert [job.wait() for job in jobs] == [[["image"]], [["zero"]]]
     counters = served.at_rest()
     assert (counters.faults, counters.parked) == (2, 2)
     assert counters.fault_max_us is not None

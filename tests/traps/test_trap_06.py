@@ -27,7 +27,7 @@ def test_somebody_installed_it_and_woke_nobody(serve: Serve, make_image: MakeIma
         put_asleep(image, vmm, handshake, page)
 
     served = serve(image, service=image.replay([page]) if replays else Service(), before=sleep_then_put)
-    assert jobs[0].wait(10) == [image.verdicts([page])] * 3
+    assert jobs[0].wait() == [image.verdicts([page])] * 3
     eventually(lambda: served.counters().oldest_unserved_us is None, "no fault is open")
     assert served.counters().present > 0
     assert served.installed() == 0  # it was not the core's work

@@ -29,6 +29,6 @@ def test_storage_that_fails_all_tries_but_the_last(core: str, run_dir: Path, mak
         for _ in range(limits.IMAGE_READ_TRIES - 1):
             storage.answer(allow=False)
         storage.answer()
-        assert fault.wait(10) == [["image"]]
+        assert fault.wait() == [["image"]]
         eventually(lambda: served.counters().demand == 1, "it is counted as any other")
         assert (served.counters().poisoned, served.warnings()) == (0, [])

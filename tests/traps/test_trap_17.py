@@ -27,7 +27,7 @@ def test_the_queue_ends_with_a_full_read(serve: Serve, make_image: MakeImage, bl
         vmm.tell("set_blocking", blocking=blocking)
 
     served = serve(crowd, before=gather)
-    assert jobs[0].wait(10) == [["image"]] * crowd
+    assert jobs[0].wait() == [["image"]] * crowd
     assert served.at_rest().faults == crowd
     served.core.stop()
     served.ends(EndReason.STOPPED, 10)

@@ -27,8 +27,8 @@ def test_memory_ends_in_the_middle_of_it(serve: Serve, make_image: MakeImage, be
     (line,) = eventually(served.core.warnings, "it says that it ends")
     assert "demand goes on" in line
     assert "Cannot allocate memory" in line
-    assert 0 < len(served.vmm.resident()) < 200
     assert served.vmm.verdicts() == image.verdicts()
+    assert served.at_rest().demand > 0  # the piece that was refused, at least
 
 
 @pytest.mark.parametrize("core", ["reference"], indirect=True)  # the native one asks the host by itself

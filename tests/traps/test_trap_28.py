@@ -31,7 +31,7 @@ def test_vcpus_are_served_while_the_filler_waits_for_storage(serve: Serve, run_d
         served = serve(image, service=image.replay([SLOW, *OTHERS]), before=hold)
         held[0].wait("pread")
         vcpus = served.vmm.start("verdict", OTHERS, threads=8)
-        assert vcpus.wait(10) == [image.verdicts(OTHERS)] * 8
+        assert vcpus.wait() == [image.verdicts(OTHERS)] * 8
         assert served.at_rest().replayed == 0
         held[0].let_go()
     assert served.replayed().replayed == 1
