@@ -12,7 +12,6 @@ import pytest
 from tests.fakes.vmm import eventually
 from tests.pager.world import Host, kill
 from tests.system.conftest import Cli
-from vmd.pages import journal
 from vmd.pages.contract import Counters
 from vmd.pages.journal import Journal
 from vmd.pages.source import Image

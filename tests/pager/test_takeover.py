@@ -15,7 +15,7 @@ from vmd import sandbox
 from vmd.errors import Conflict
 from vmd.pager import start
 from vmd.pager.control import Control, PagerGone
-from vmd.states import State
+from vmd.states import State, guard
 
 PAGES, REPLAYED = 256, 8192
 DEATHS = 20
@@ -111,7 +111,7 @@ def test_when_both_die_the_guest_waits_and_the_next_command_recovers(host: Host)
     eventually(lambda: vm.vmm.blocked() == 1, "the guest waits")
     assert box.state() is State.FROZEN
     with pytest.raises(Conflict, match="the sandbox is frozen"):
-        sandbox.guard(box.id, box.state(), "exec")
+        guard(box.id, box.state(), "exec")
 
     sandbox.recover(host.settings, pytest.fail)
     assert box.state() is State.RUNNING

@@ -85,6 +85,7 @@ impl Core {
         }
         // Should no thread be had, the VM is dropped with the closure, and has stopped.
         let Life::Ready(ready) = std::mem::replace(&mut *life, Life::Over(Ended::Stopped)) else { unreachable!() };
+        ready.0.outside.journal.begin(ready.0.taken_over); // who asks from now on is told who serves
         let name = self.outside.thread_name("vmd-faults");
         let run = move || {
             let (vm, beside) = *ready;
@@ -146,7 +147,6 @@ impl Core {
 /// Run the fault thread here and the filler beside it, until both have ended.
 fn serve(vm: &Vm, beside: Beside) -> Ended {
     let record = matches!(beside, Beside::Record);
-    vm.outside.journal.begin(vm.taken_over);
     let work = || {
         if vm.taken_over {
             vm.take_over();
