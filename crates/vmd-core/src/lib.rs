@@ -68,6 +68,6 @@ pub mod internals {
     macro_rules! open {
         ($($name:ident)*) => { $(pub mod $name { pub use crate::$name::*; })* };
     }
-    open!(abi adopt body core death demand host image journal live plan regions staging states stats uffd vm);
+    open!(abi adopt body core death demand host image journal live pager plan regions staging states stats uffd vm);
     pub use crate::pager::{message, socket};
 }
