@@ -267,7 +267,14 @@ class Restored:
             await self._at(Step.HANDSHAKE)
 
     async def _load_and_shake_hands(self, began: float, resume: bool) -> None:
-        await both(self._load_snapshot(began, resume), self._shake_hands(began))
+        try:
+            await both(self._load_snapshot(began, resume), self._shake_hands(began))
+        except VmmError:
+            # A page server that cannot begin to serve kills the VMM first, and then says why.
+            if self._handshaken is not None and isinstance(self.pages, PageServer) and self.pages.regions is not None:
+                await asyncio.wait([self._handshaken], timeout=_LAST_WORDS_SECONDS)
+                self._judge_handshake()
+            raise
 
     async def _load_snapshot(self, began: float, resume: bool) -> None:
         snapshot = self.request.snapshot

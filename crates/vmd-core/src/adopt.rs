@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 use std::{ffi::OsStr, io};
 
 use crate::body::{Body, ImageId};
@@ -14,6 +15,9 @@ use crate::core::{Parts, Seam};
 use crate::journal::Journal;
 use crate::vm::Process;
 use crate::{host, journal};
+
+/// A VMM without descriptors is one that was killed and has not quite ended.
+const DYING: Duration = Duration::from_secs(1);
 
 /// What an adopted VM is served with.
 pub struct Found {
@@ -154,6 +158,8 @@ fn find_uffd(pid: u32, pidfd: &OwnedFd) -> Result<Option<OwnedFd>, String> {
     };
     match copy() {
         Ok(Ok(uffd)) => Ok(Some(uffd)),
+        Ok(Err(0)) if process.exits_within(DYING) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) && process.exits_within(DYING) => Ok(None),
         _ if process.has_exited() => Ok(None),
         Ok(Err(count)) => Err(format!("vmm {pid}: expected one userfaultfd, it holds {count}")),
         Err(error) => Err(format!("vmm {pid}: its userfaultfd: {} (ptrace permission is needed)", words(&error))),

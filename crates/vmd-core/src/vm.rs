@@ -267,9 +267,13 @@ impl Process {
     }
 
     pub fn has_exited(&self) -> bool {
+        self.exits_within(Duration::ZERO)
+    }
+
+    pub fn exits_within(&self, most: Duration) -> bool {
         let mut fd = libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd. Without waiting there is nothing to interrupt.
-        self.pidfd.is_none() || unsafe { libc::poll(&raw mut fd, 1, 0) } == 1
+        // SAFETY: one valid pollfd. An interrupted wait has seen no exit.
+        self.pidfd.is_none() || unsafe { libc::poll(&raw mut fd, 1, most.as_millis() as i32) } == 1
     }
 
     /// SIGKILL; only SIGKILL ends a VMM that waits for a page.

@@ -68,7 +68,11 @@ class PagerCore:
         """Hand over. Raises `VmdError`."""
         if self._pidfd >= 0:
             fds = (self._journal.fd, self._handshake.uffd, self._pidfd, self._image.fd)
-            request(self._settings, lambda control: control.serve(self._name, *fds))
+            try:
+                request(self._settings, lambda control: control.serve(self._name, *fds))
+            except BaseException:
+                self.stop()  # nobody serves it: `join` has no end to wait for
+                raise
         self._image.close()
         self._handshake.close_descriptors()
         self._journal.close()  # with it would stay the lock, should all page servers die
