@@ -72,7 +72,8 @@ def settings(run_dir: Path, state_dir: Path) -> Settings:
 def built(session_dirs: tuple[Path, Path]) -> Template:
     """A template of `SHAPE`, built once a session."""
     with tempfile.TemporaryDirectory(prefix="vmd-", dir="/dev/shm") as run_root:
-        settings = replace(Settings.read(), run_dir=Path(run_root), state_dir=session_dirs[1] / "built")
+        state_root = tempfile.mkdtemp(prefix="built-", dir=session_dirs[1])  # tests of other folders may have one too
+        settings = replace(Settings.read(), run_dir=Path(run_root), state_dir=Path(state_root))
         template = asyncio.run(templates.build(settings, NAME, SHAPE, warn=_must_not_warn))
     assert template.recording_ended == "settled"
     return template

@@ -55,7 +55,7 @@ class PageServer(Server):
         self._service = service
         self._retry = retry
         self._accept_seconds = accept_seconds
-        self._make = make or partial(make_core, self.core_name)
+        self._make = make
         self._handshake: Handshake | None = None
         self._plan: Service | None = None
 
@@ -113,7 +113,8 @@ class PageServer(Server):
             held = os.dup(handshake.uffd)
             self.vmm_pidfd = os.dup(handshake.pidfd) if handshake.pidfd >= 0 else -1
             self._plan = self._service(handshake.regions.page_size)
-            core = self._make(handshake, self._image, self._plan, self._journal)
+            make = self._make or partial(make_core, self.core_name)
+            core = make(handshake, self._image, self._plan, self._journal)
             self._start_core(core)
             return core
         except HandshakeRefused:  # not the VM that this server is for: not ours to kill
