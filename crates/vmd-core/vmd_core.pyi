@@ -37,7 +37,7 @@ class Core:
         ``pidfd`` is -1 when the VMM has gone already, ``journal`` where there is none; else its file is
         written anew. ``regions``: (host address, size, image offset) in bytes, already checked.
         ``offsets``: image offsets as native unsigned 64-bit integers, first-touch order. ``limits``: see
-        `vmd.pages.native.core_limits`. ``seam``, for tests: (op, outcome, count, after, errno) of each
+        `vmd.pages.native.journal_words`. ``seam``, for tests: (op, outcome, count, after, errno) of each
         `vmd.pages.contract.Injection`, and (point, after, real) of a `vmd.pages.contract.Death`. Raises
         ValueError or OSError.
         """

@@ -61,6 +61,14 @@ def _parse_seconds(_: click.Context, __: click.Parameter, seconds: float | None)
     return seconds
 
 
+_stats_option = click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep statistics in this JSON file: every 200 ms, at the end, and on SIGUSR1.",
+)
+
+
 @pages.command()
 @click.option(
     "--socket",
@@ -96,12 +104,7 @@ def _parse_seconds(_: click.Context, __: click.Parameter, seconds: float | None)
     metavar="FILE",
     help="Make this file, best on a tmpfs: should this process die, `vmd pages adopt` goes on from it.",
 )
-@click.option(
-    "--stats",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Keep statistics in this JSON file: every 200 ms, at the end, and on SIGUSR1.",
-)
+@_stats_option
 @click.option(
     "--owner",
     callback=_parse_owner,
@@ -175,12 +178,7 @@ def serve(
     metavar="FILE",
     help="What its page server has left: the file of `pages serve --journal`.",
 )
-@click.option(
-    "--stats",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Keep statistics in this JSON file: every 200 ms, at the end, and on SIGUSR1.",
-)
+@_stats_option
 def adopt(pid: int, journal: Path, stats: Path | None) -> NoReturn:
     """Take over a VM whose page server is gone; end with it.
 

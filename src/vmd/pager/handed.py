@@ -12,12 +12,12 @@ from typing import Literal
 
 import vmd_core
 
-from ..errors import HandshakeRefused, VmdError
+from ..errors import VmdError
 from ..pages.contract import Counters, Ended, EndReason, Service
 from ..pages.handshake import Handshake
 from ..pages.journal import Journal
-from ..pages.native import core_limits
-from ..pages.server import PageServer, serve_pages
+from ..pages.native import journal_words
+from ..pages.server import PageServer, for_page_size, serve_pages
 from ..pages.source import Image
 from ..settings import Settings
 from . import look
@@ -46,18 +46,7 @@ class PagerCore:
         self._path = journal.path
         self._pidfd = os.dup(handshake.pidfd) if handshake.pidfd >= 0 else -1
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        vmd_core.write_journal(
-            journal=journal.fd,
-            image=image.fd,
-            image_path=os.fspath(image.path.absolute()),
-            vmm_pid=handshake.vmm_pid,
-            regions=[(region.base, region.size, region.offset) for region in handshake.regions],
-            page_size=handshake.regions.page_size,
-            beside=service.beside.value,
-            offsets=service.offsets.tobytes(),
-            prefetch_bytes_max=service.prefetch_bytes_max,
-            limits=core_limits(),
-        )
+        vmd_core.write_journal(journal=journal.fd, **journal_words(handshake, image, service))
 
     @property
     def ended_fd(self) -> int:
@@ -147,15 +136,10 @@ def hand_over(
     `VmdError`, leaving nothing.
     """
 
-    def checked(found: int) -> Service:
-        if found != page_size:
-            raise HandshakeRefused(f"page size: expected the template's {page_size}, got {found}")
-        return service
-
     def make(handshake: Handshake, image: Image, service: Service, journal: Journal | None) -> PagerCore:
         assert journal is not None
         return PagerCore(settings, name, handshake, image, service, journal)
 
     ensure(settings)  # it starts while the VMM does
-    journal = directory / look.JOURNAL
-    return serve_pages(socket, memory, checked, core="native", make=make, retry=False, journal=journal, warn=warn)
+    journal, plan = directory / look.JOURNAL, for_page_size(page_size, service)
+    return serve_pages(socket, memory, plan, core="native", make=make, retry=False, journal=journal, warn=warn)

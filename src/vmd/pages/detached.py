@@ -27,7 +27,7 @@ from .cores import core_name
 from .handshake import Listener
 from .life import settle
 from .process import raise_descriptor_limit
-from .server import PageServer
+from .server import PageServer, for_page_size
 from .serving import Serving, Signals, exit_line, say, warn
 from .source import Image
 
@@ -211,13 +211,9 @@ def _serve(order: _Order) -> PageServer:
         prefetch_bytes_max=order.prefetch_bytes_max,
     )  # fmt: skip
 
-    def checked(page_size: int) -> Service:
-        if page_size != order.page_size:
-            raise HandshakeRefused(f"page size: expected the template's {order.page_size}, got {page_size}")
-        return service
-
+    plan = for_page_size(order.page_size, service)
     listener = Listener.from_fd(order.listener, order.socket)
-    server = PageServer(listener, Image(order.memory), checked, core=order.core, retry=False, warn=warn)
+    server = PageServer(listener, Image(order.memory), plan, core=order.core, retry=False, warn=warn)
     server.start()
     return server
 

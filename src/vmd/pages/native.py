@@ -29,17 +29,9 @@ class NativeCore:
         self._core = vmd_core.Core(
             uffd=handshake.uffd,
             pidfd=handshake.pidfd,
-            vmm_pid=handshake.vmm_pid,
-            image=image.fd,
-            image_path=os.fspath(image.path.absolute()),
             journal=-1 if journal is None else journal.fd,
-            regions=[(region.base, region.size, region.offset) for region in handshake.regions],
-            page_size=handshake.regions.page_size,
-            beside=service.beside.value,
-            offsets=service.offsets.tobytes(),
-            prefetch_bytes_max=service.prefetch_bytes_max,
-            limits=core_limits(),
             seam=_seam(service),
+            **journal_words(handshake, image, service),
         )
         handshake.close_descriptors()  # it has copies of its own
         image.close()
@@ -112,7 +104,22 @@ class NativeCore:
         return self._core.warnings()
 
 
-def core_limits() -> dict[str, float]:
+def journal_words(handshake: Handshake, image: Image, service: Service) -> dict[str, Any]:
+    """What a VM's journal says of it, by the names that `vmd_core` knows it by."""
+    return {
+        "vmm_pid": handshake.vmm_pid,
+        "image": image.fd,
+        "image_path": os.fspath(image.path.absolute()),
+        "regions": [(region.base, region.size, region.offset) for region in handshake.regions],
+        "page_size": handshake.regions.page_size,
+        "beside": service.beside.value,
+        "offsets": service.offsets.tobytes(),
+        "prefetch_bytes_max": service.prefetch_bytes_max,
+        "limits": _core_limits(),
+    }
+
+
+def _core_limits() -> dict[str, float]:
     """The bounds that a core keeps, by the names that it knows them by."""
     return {
         "fault_unserved_seconds": limits.FAULT_UNSERVED_SECONDS_MAX,

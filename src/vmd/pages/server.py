@@ -130,6 +130,17 @@ class PageServer(Server):
                 os.close(held)
 
 
+def for_page_size(page_size: int, service: Service) -> Callable[[int], Service]:
+    """``service`` for a guest of this page size (bytes); a guest of another one is refused."""
+
+    def checked(found: int) -> Service:
+        if found != page_size:
+            raise HandshakeRefused(f"page size: expected the template's {page_size}, got {found}")
+        return service
+
+    return checked
+
+
 def _kill(pidfd: int) -> None:
     """Kill the VMM and see it dead: while it lives, no descriptor that its memory hangs on may be closed."""
     if pidfd >= 0:
